@@ -1,0 +1,81 @@
+"""The settings every command and every training method shares. A method adds its own in its own file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from finetune.settings.fields import setting
+
+
+class RunSettings(BaseModel):
+    """What every command takes."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    model: str = setting("toybox", "base model: toybox (embedded), a diffusers folder, a hub id or a .safetensors checkpoint",
+                         group="model")
+    seed: int = setting(0, "every random draw is a function of this number, the draw's name and the step", group="model", ge=0)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N", group="model")
+    precision: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32", "arithmetic of the frozen network; trainable tensors stay fp32", group="model")
+
+
+class TrainSettings(RunSettings):
+    """What all methods share. Defaults are for Stable Diffusion 1.5; the recipe of a base family replaces them."""
+
+    METHOD: ClassVar[str] = ""
+
+    instance_dir: Path | None = setting(None, "folder with the three to ten pictures of the subject", group="pictures")
+    dataset: str | None = setting(None, "instead of a folder: a dataset name or folder the datasets library loads", group="pictures")
+    dataset_split: str = setting("train", "split of --dataset", group="pictures")
+    image_column: str = setting("image", "column of --dataset with the pictures", group="pictures")
+    caption_column: str = setting("text", "column of --dataset with the captions", group="pictures")
+    captions: Literal["auto", "template"] = setting(
+        "auto", "auto: captions beside the pictures where there are any; template: always the prompt", group="pictures")
+    resolution: int = setting(512, "side of the square training picture", unit="pixels", group="pictures", ge=8)
+    crop: Literal["center", "random", "none"] = setting(
+        "center", "after resizing the short side: centre crop, random crop, or squeeze the whole picture (none)", group="pictures")
+    flip: bool = setting(False, "mirror half of the pictures at random; not for faces, text or one-sided subjects", group="pictures")
+    max_pixels: int = setting(100_000_000, "refuse to decode a larger picture", unit="pixels", group="pictures", ge=1)
+
+    class_noun: str | None = setting(None, "the plain word for the subject: dog, backpack, watercolor", group="prompts")
+    subject: str | None = setting(None, "phrase that names the subject in prompts [default: 'sks NOUN', or the placeholder]", group="prompts")
+    instance_prompt: str | None = setting(None, "training prompt; {} stands for the subject phrase [default: 'a photo of a {}']", group="prompts")
+    class_prompt: str | None = setting(None, "prompt of the class pictures [default: 'a photo of a NOUN']", group="prompts")
+    caption_dropout: float = setting(0.0, "share of training rows whose prompt is emptied", unit="share", group="prompts", ge=0, le=1)
+
+    prior: Literal["images", "distill", "none"] = setting(
+        "none", "prior preservation: class pictures rendered by the base, its predictions on class prompts, or nothing", group="prior")
+    prior_weight: float = setting(1.0, "lambda: weight of a class row beside an instance row", group="prior", ge=0)
+    class_dir: Path | None = setting(None, "own class pictures instead of rendered ones", group="prior")
+    class_images: int = setting(100, "class pictures to render", unit="pictures", group="prior", ge=1)
+    class_guidance: float = setting(7.5, "guidance scale for rendered class pictures", group="prior", ge=0)
+    class_steps: int = setting(30, "sampler steps for rendered class pictures", unit="steps", group="prior", ge=1)
+
+    steps: int = setting(800, "optimizer steps", unit="steps", ge=1)
+    batch_size: int = setting(1, "instance pictures per micro-batch; class pictures come on top", unit="pictures", ge=1)
+    accumulate: int = setting(1, "micro-batches per optimizer step", ge=1)
+    learning_rate: float = setting(1e-4, "peak learning rate", gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = setting("linear", "learning rate after warm-up: to zero linearly, as a cosine, or constant")
+    warmup: int = setting(0, "steps over which the learning rate rises from zero", unit="steps", ge=0)
+    optimizer: Literal["adamw", "adamw8bit"] = setting("adamw", "adamw, or bitsandbytes' 8-bit AdamW (extra 'memory')")
+    weight_decay: float = setting(0.0, "AdamW decay of the trained tensors", ge=0)
+    beta1: float = setting(0.9, "AdamW: memory of the gradient mean", ge=0, lt=1)
+    beta2: float = setting(0.999, "AdamW: memory of the gradient square", ge=0, lt=1)
+    clip_norm: float = setting(1.0, "largest norm of the whole gradient; 0 is off", ge=0)
+    snr_gamma: float = setting(0.0, "min-SNR weighting of rows; 5 is usual, 0 is off", ge=0)
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third more time")
+
+    output: Path | None = setting(None, "folder of the run [default: runs/METHOD-NUMBER]", group="run")
+    resume: bool = setting(False, "go on from the newest complete checkpoint of --output", group="run")
+    overwrite: bool = setting(False, "clear a finished run in --output first", group="run")
+    checkpoint_every: int = setting(0, "save a checkpoint every so many steps; 0: only when interrupted", unit="steps", group="run", ge=0)
+    keep_checkpoints: int = setting(1, "complete checkpoints to keep", group="run", ge=1)
+    log_every: int = setting(10, "write loss and speed to metrics.jsonl every so many steps", unit="steps", group="run", ge=1)
+    validate_every: int = setting(50, "loss on the fixed set of noises and timesteps every so many steps; 0 is off", unit="steps", group="run", ge=0)
+    preview_every: int = setting(0, "render previews every so many steps; 0 is off", unit="steps", group="run", ge=0)
+    preview_prompt: list[str] = setting([], "prompt to preview, may be repeated [default: the instance prompt]", group="run")
+    export_dtype: Literal["fp16", "fp32"] = setting("fp16", "number format of exported weights; embeddings are always fp32", group="run")
