@@ -1,0 +1,85 @@
+"""The table of verbs: what `finetune --help` lists, and where each verb's settings and body live."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from finetune.errors import Problem, nearest
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb. Its module offers `Settings` (pydantic) and `run(settings, console)`, or `load(name)` giving both."""
+
+    name: str
+    summary: str
+    panel: str
+    module: str
+    examples: tuple[str, ...] = ()
+
+    def load(self) -> tuple[type[BaseModel], Callable[..., Any]]:
+        """Import what the verb needs: its settings and its body."""
+        module = importlib.import_module(self.module)
+        if hasattr(module, "load"):
+            return module.load(self.name)
+        return module.Settings, module.run
+
+
+ONE = "Teach with one method"
+ALL = "Compare methods"
+USE = "Use what came out"
+BASE = "The embedded base"
+
+EXAMPLES = {
+    "dreambooth": ("finetune dreambooth --instance-dir photos/ --class-noun dog",),
+    "textual-inversion": (
+        'finetune textual-inversion --instance-dir photos/ --placeholder "<my-dog>" --initializer dog',),
+    "lora": ("finetune lora --instance-dir photos/ --class-noun dog --rank 16",),
+    "hypernetwork": ("finetune hypernetwork --instance-dir photos/ --class-noun dog",),
+}
+
+OTHERS = [
+    Verb("compare", "Train several methods on the same pictures, draws and budget; score them; write the report.", ALL,
+         "finetune.cli.compare",
+         ("finetune compare --instance-dir photos/ --class-noun dog --output out/",
+          "finetune compare --instance-dir photos/ --class-noun dog --methods lora,hypernetwork:key,query")),
+    Verb("evaluate", "Render and score a comparison again from what is on disk.", ALL, "finetune.cli.evaluate",
+         ("finetune evaluate out/",)),
+    Verb("report", "Write a comparison's report again from what is on disk.", ALL, "finetune.cli.report",
+         ("finetune report out/",)),
+    Verb("generate", "Render prompts with an artifact, several, or none.", USE, "finetune.cli.generate",
+         ('finetune generate --artifact out/lora/artifact --prompt "a photo of sks dog in the snow" '
+          "--seed 1 --count 4 --output pics/",)),
+    Verb("inspect", "Say what an artifact, run folder or weight file is.", USE, "finetune.cli.inspect",
+         ("finetune inspect out/lora/artifact",)),
+    Verb("recipes", "List, show or copy the packaged recipes.", USE, "finetune.cli.recipes",
+         ("finetune recipes", "finetune recipes show lora-toybox", "finetune recipes copy lora-toybox my.toml")),
+    Verb("pretrain", "Build the embedded base and its judge from nothing.", BASE, "finetune.cli.pretrain",
+         ("finetune pretrain toybox --work toybox-work/",)),
+]
+
+
+def verbs() -> dict[str, Verb]:
+    """All verbs by name: one for each registered method, then the others."""
+    from finetune.methods import names
+
+    trained = [Verb(name, f"{summary[:1].upper()}{summary[1:].rstrip('.')}.", ONE, "finetune.cli.train", EXAMPLES.get(name, ()))
+               for name, summary in names().items()]
+    return {verb.name: verb for verb in [*trained, *OTHERS]}
+
+
+def find(name: str) -> Verb:
+    """The verb of that name.
+
+    Raises:
+        Problem: there is none.
+    """
+    table = verbs()
+    if name not in table:
+        raise Problem(f"There is no command {name!r}.", nearest(name, table), "`finetune --help` lists the commands.")
+    return table[name]
