@@ -1,0 +1,319 @@
+"""Hypernetwork files: the web UI's `.pt`, and a safetensors form of our own, for none exists.
+
+A network f of a role is applied where a UNet attention layer builds that role's projection: `k = to_k(c + m f(c))`,
+`v = to_v(c + m f(c))`, and, beyond the web UI, `q = to_q(h + m f(h))`. Networks are shared by all layers of one width.
+
+safetensors form: tensors `hypernet.WIDTH.k|v|q.linear.N.weight|bias`, metadata `finetune.format` = "hypernetwork",
+`finetune.format_version`, and `hypernetwork_config` = JSON of the `.pt`'s text entries plus `sizes`, `transform`, `scope`.
+Version 1 holds key and value networks. Any other set of roles is version 2, so that a reader of version 1 refuses it
+instead of applying half of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.errors import Problem
+from finetune.formats.families import family_of_width, modelspec
+from finetune.formats.hypernetwork_layers import ACTIVATIONS, expected_shapes, weight_indices
+from finetune.formats.pickles import load_restricted, save_legacy
+from finetune.formats.tensors import load_tensors, save_tensors
+
+ROLES = {"key": "k", "value": "v", "query": "q"}
+_ROLE_OF = {letter: role for role, letter in ROLES.items()}
+NEWEST_VERSION = 2
+StateDict = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class HypernetworkFile:
+    """A hypernetwork as a file holds it.
+
+    Attributes:
+        networks: (width, "query" | "key" | "value") to a state dict `linear.N.weight|bias`. Width is that of the
+            network's input: text or hidden states for key and value, hidden states for query.
+        layer_structure: widths as multiples of the input's, first and last 1.
+        activation: one of the names both web UI and ComfyUI know, or any of torch's in lower case.
+        layer_norm: LayerNorm after every Linear.
+        activate_output: activation after the last Linear too.
+        dropout: probabilities the networks' numbering counts, as long as `layer_structure`; None for none. Files are
+            always written without dropout and renumbered.
+        scope: "cross" (text attention only) or "all" (every attention whose context has a known width).
+        name: the inner name; must equal the file's stem.
+        step: optimizer steps trained.
+        weight_init: "Normal", "XavierUniform", ... as A1111 spells them.
+        base_name: checkpoint trained on.
+        base_hash: its short hash.
+        note: A1111's `optional_info`.
+        metadata: text to text.
+    """
+
+    networks: Mapping[tuple[int, str], StateDict]
+    layer_structure: list[float] = field(default_factory=lambda: [1, 2, 1])
+    activation: str = "linear"
+    layer_norm: bool = False
+    activate_output: bool = True
+    dropout: list[float] | None = None
+    scope: str = "all"
+    name: str = ""
+    step: int = 0
+    weight_init: str = "Normal"
+    base_name: str | None = None
+    base_hash: str | None = None
+    note: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def widths(self) -> list[int]:
+        """Input widths, in file order."""
+        return list(dict.fromkeys(width for width, _ in self.networks))
+
+    @property
+    def transform(self) -> list[str]:
+        """Roles that have networks: any of "query", "key", "value"."""
+        present = {role for _, role in self.networks}
+        return [role for role in ("query", "key", "value") if role in present]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all networks."""
+        return sum(tensor.numel() for state in self.networks.values() for tensor in state.values())
+
+
+def without_dropout(file: HypernetworkFile) -> HypernetworkFile:
+    """The same networks numbered as if no dropout had been there, keys in numeric order.
+
+    ComfyUI leaves networks in training mode, so dropout written into a file would act while generating.
+
+    Raises:
+        Problem: when keys or shapes contradict the structure.
+    """
+    check(file)
+    shape = (file.layer_structure, file.activation, file.layer_norm, file.activate_output)
+    old, new = weight_indices(*shape, file.dropout), weight_indices(*shape)
+    renumbered = {}
+    for place, state in file.networks.items():
+        renumbered[place] = {
+            f"linear.{after}.{part}": state[f"linear.{before}.{part}"]
+            for (before, _), (after, _) in zip(old, new, strict=True)
+            for part in ("weight", "bias")
+        }
+    return replace(file, networks=renumbered, dropout=None)
+
+
+def check(file: HypernetworkFile) -> None:
+    """Recompute every key and shape from the settings; raise a Problem naming the first that differs."""
+    structure = file.layer_structure
+    if len(structure) < 2 or structure[0] != 1 or structure[-1] != 1:
+        raise Problem(
+            f"The hypernetwork's layer structure {structure} does not begin and end with 1.",
+            "Its output is added to its input, so both have one width.",
+            "Use a structure such as [1, 2, 1].",
+        )
+    if not file.networks:
+        raise Problem("The hypernetwork has no networks.", fix="Choose at least one width and role.")
+    for (width, role), state in file.networks.items():
+        if role not in ROLES:
+            raise Problem(f"Hypernetwork role {role!r} is unknown.", fix=f"Use {', '.join(ROLES)}.")
+        wanted = expected_shapes(
+            width, structure, file.activation, file.layer_norm, file.activate_output, file.dropout
+        )
+        found = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        if found != wanted:
+            key = next(key for key in {**wanted, **found} if wanted.get(key) != found.get(key))
+            raise Problem(
+                f"The hypernetwork's {role} network for width {width} has {key} of shape {found.get(key, 'none')}, "
+                f"but its settings ask for {wanted.get(key, 'none')}.",
+                f"Structure {structure}, activation {file.activation}, layer norm {file.layer_norm}.",
+                "The file's settings and weights do not belong together.",
+            )
+
+
+def write_safetensors(path: Path | str, file: HypernetworkFile, metadata: Mapping[str, str]) -> None:
+    """Write the safetensors form. Dropout is left out; dtypes stay as they are."""
+    path, file = Path(path), without_dropout(file)
+    tensors = {
+        f"hypernet.{width}.{ROLES[role]}.{key}": tensor
+        for (width, role), state in file.networks.items()
+        for key, tensor in state.items()
+    }
+    config = {**_settings(file), "sizes": file.widths, "transform": file.transform, "scope": file.scope}
+    spec = modelspec(family_of_width(_context_width(file), metadata), "hypernetwork", path.stem, metadata)
+    described = {
+        "format": "pt",
+        "finetune.format": "hypernetwork",
+        "finetune.format_version": "1" if file.transform == ["key", "value"] else str(NEWEST_VERSION),
+        "hypernetwork_config": json.dumps(config),
+        **spec,
+        **file.metadata,
+        **metadata,
+    }
+    save_tensors(path, tensors, described, {"modelspec.hash_sha256": "0x"})
+
+
+def write_webui(path: Path | str, file: HypernetworkFile) -> None:
+    """Write the `.pt` that A1111 and ComfyUI read.
+
+    Raises:
+        Problem: for what one of the two cannot express or would compute differently.
+    """
+    path = Path(path)
+    file = without_dropout(file)
+    refuse_for_webui(file, path)
+    content: dict[Any, Any] = {}
+    for width in file.widths:  # OrderedDict is the type `state_dict()` gives and every reader has seen
+        content[width] = tuple(OrderedDict(file.networks[width, role]) for role in ("key", "value"))
+    save_legacy(content | _settings(file) | {"scope": file.scope}, path)
+
+
+def refuse_for_webui(file: HypernetworkFile, path: Path) -> None:
+    """Raise a Problem when the web UI's `.pt` cannot say what this hypernetwork computes."""
+    if set(file.networks) != {(width, role) for width in file.widths for role in ("key", "value")}:
+        raise Problem(
+            f"A hypernetwork for {' and '.join(file.transform)} cannot be written as {path.name}.",
+            "The web UI's file holds one (key, value) pair for each width and has no place for anything else.",
+            "Train with transform key and value for the web UI, or keep the .safetensors for finetune.",
+        )
+    if file.activation not in ACTIVATIONS:
+        raise Problem(
+            f"Activation {file.activation!r} cannot be written to {path.name}.",
+            "ComfyUI refuses files with other activations than the nine common ones.",
+            f"Train with one of {', '.join(ACTIVATIONS)}.",
+        )
+    if file.layer_norm and file.activation != "linear" and not file.activate_output:
+        raise Problem(
+            f"Layer norm with activation {file.activation!r} and activate_output off cannot be written to {path.name}.",
+            "A1111 leaves the last layer without activation; ComfyUI counts LayerNorms as layers and activates it.",
+            "Train with activate_output on, or without layer norm.",
+        )
+    if file.name != path.stem:
+        raise Problem(
+            f"The hypernetwork is named {file.name!r} but its file {path.name!r}.",
+            "A1111 remembers loaded networks by the inner name and looks them up by the file name.",
+            f"Write it to {file.name}.pt.",
+        )
+
+
+def _settings(file: HypernetworkFile) -> dict[str, Any]:
+    """The text-keyed entries of A1111's file, from plain types only."""
+    return {
+        "step": int(file.step),
+        "name": file.name,
+        "layer_structure": list(file.layer_structure),
+        "activation_func": file.activation,
+        "is_layer_norm": bool(file.layer_norm),
+        "weight_initialization": file.weight_init,
+        "sd_checkpoint": file.base_hash,
+        "sd_checkpoint_name": file.base_name,
+        "activate_output": bool(file.activate_output),
+        "use_dropout": False,
+        "dropout_structure": [0.0] * len(file.layer_structure),
+        "last_layer_dropout": False,
+        "optional_info": file.note,
+    }
+
+
+def _context_width(file: HypernetworkFile) -> int | None:
+    """Width of the text states: the key or value width that is not a hidden width of a published UNet."""
+    widths = [width for width, role in file.networks if role != "query"]
+    text = [width for width in widths if width in (768, 1024, 2048)]
+    return (text or widths or [None])[0]
+
+
+def read(path: Path | str) -> HypernetworkFile:
+    """Read a hypernetwork from `.pt` (A1111, NovelAI lists, old linear1/linear2 names) or our safetensors form.
+
+    Returns: the file with dropout-free numbering.
+
+    Raises:
+        Problem: when it is something else, newer than this reader, or contradicts itself.
+    """
+    path = Path(path)
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_webui(path)
+
+
+def _read_safetensors(path: Path) -> HypernetworkFile:
+    tensors, metadata = load_tensors(path)
+    if metadata.get("finetune.format") != "hypernetwork":
+        raise Problem(
+            f"{path} is not a hypernetwork of finetune.",
+            "Its metadata lacks finetune.format = hypernetwork, and no other safetensors form of hypernetworks exists.",
+            "Use the .pt file instead.",
+        )
+    version = metadata.get("finetune.format_version", "")
+    if not version.isdigit() or int(version) > NEWEST_VERSION:
+        raise Problem(
+            f"{path} has hypernetwork format version {version!r}; this finetune reads up to {NEWEST_VERSION}.",
+            "A newer version may compute something this one cannot.",
+            "Update finetune.",
+        )
+    config = json.loads(metadata["hypernetwork_config"])
+    networks: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        _, width, letter, inner = key.split(".", 3)
+        networks.setdefault((int(width), _ROLE_OF[letter]), {})[inner] = tensor
+    order = [(width, role) for width in config["sizes"] for role in ROLES if (width, role) in networks]
+    ordered = {place: _numeric(networks[place]) for place in order}
+    return without_dropout(_file(ordered, config, path, metadata))
+
+
+def _read_webui(path: Path) -> HypernetworkFile:
+    content = load_restricted(path)
+    pairs = {key: value for key, value in content.items() if type(key) is int} if isinstance(content, dict) else {}
+    if not pairs:
+        raise Problem(
+            f"{path} is not a hypernetwork.",
+            "A hypernetwork file has whole numbers as keys, the widths its networks act on.",
+            "Run `finetune inspect` on it to see what it is.",
+        )
+    networks = {}
+    for width, pair in pairs.items():
+        for role, state in zip(("key", "value"), pair, strict=True):
+            networks[width, role] = _numeric({_modern(key): tensor for key, tensor in state.items()})
+    told = {key: value for key, value in content.items() if isinstance(key, str)}
+    return without_dropout(_file(networks, told, path, {}))
+
+
+def _modern(key: str) -> str:
+    """linear1.weight and linear2.weight of the first files mean linear.0 and linear.1."""
+    return key.replace("linear1.", "linear.0.", 1).replace("linear2.", "linear.1.", 1)
+
+
+def _numeric(state: StateDict) -> dict[str, torch.Tensor]:
+    """Keys by module number, weight before bias."""
+    order = sorted(state, key=lambda key: (int(key.split(".")[1]), key.endswith("bias")))
+    return {key: state[key] for key in order}
+
+
+def _file(
+    networks: Mapping[tuple[int, str], StateDict], told: Mapping[str, Any], path: Path, metadata: dict[str, str]
+) -> HypernetworkFile:
+    """Settings with A1111's defaults for what a file leaves out."""
+    structure = list(told.get("layer_structure") or [1, 2, 1])
+    dropout = told.get("dropout_structure")
+    if dropout is None and told.get("use_dropout"):  # the first files with dropout had 0.3 at every inner boundary
+        last = 0.3 if told.get("last_layer_dropout") else 0.0
+        dropout = [0.0, *[0.3] * (len(structure) - 3), last, 0.0]
+    return HypernetworkFile(
+        networks=networks,
+        layer_structure=structure,
+        activation=told.get("activation_func") or "linear",
+        layer_norm=bool(told.get("is_layer_norm", False)),
+        activate_output=bool(told.get("activate_output", True)),
+        dropout=dropout,
+        scope=told.get("scope") or "all",
+        name=told.get("name") or path.stem,
+        step=int(told.get("step") or 0),
+        weight_init=told.get("weight_initialization") or "Normal",
+        base_name=told.get("sd_checkpoint_name"),
+        base_hash=told.get("sd_checkpoint"),
+        note=told.get("optional_info"),
+        metadata=metadata,
+    )

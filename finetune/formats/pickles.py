@@ -1,0 +1,149 @@
+"""Old `.pt` files: written so that every program reads them, read without ever executing what they contain.
+
+The web UI checks the member names of a torch zip before loading and refuses the records that current torch adds, so
+files are written in the legacy container, which has no members (torch's `_use_new_zipfile_serialization=False`).
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from finetune.errors import Problem
+from finetune.runs import atomic_path
+
+# torch's own list for weights_only=True is wider than this; these are the globals that honest adapter files need.
+ALLOWED_GLOBALS = {
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    "torch.nn.modules.container.ParameterDict",
+    "__builtin__.set",  # inside a ParameterDict
+    "builtins.set",
+    *(f"torch.{kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Bool", "Byte")),
+}
+LEGACY_PICKLES = 5  # magic number, protocol, system, the object, storage keys; raw storages follow
+LARGEST_PICKLE = 64 * 2**20
+
+
+def save_legacy(obj: Any, path: Path | str) -> None:
+    """Save plain containers and CPU tensors in torch's legacy container, atomically.
+
+    Raises:
+        Problem: when something in `obj` would need a pickle global beyond those every reader allows.
+    """
+    plain = _plain(obj, "the file")
+    with atomic_path(Path(path)) as temporary:
+        torch.save(plain, temporary, _use_new_zipfile_serialization=False)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A copy of `value` from plain types only; tensors detached and without the rest of a larger storage."""
+    if isinstance(value, torch.Tensor):
+        own = value.detach().cpu().contiguous()
+        if own.untyped_storage().nbytes() != own.nbytes or type(own) is not torch.Tensor:
+            own = torch.empty_like(own, device="cpu").copy_(own).as_subclass(torch.Tensor)
+        return own
+    if isinstance(value, dict):
+        kind = OrderedDict if isinstance(value, OrderedDict) else dict
+        return kind((_plain(key, where), _plain(item, f"{where}[{key!r}]")) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    raise Problem(
+        f"{where} is a {type(value).__module__}.{type(value).__name__}, which cannot go into a .pt file.",
+        "Programs that read .pt files allow only plain values and tensors.",
+        "Convert it to text or a number.",
+    )
+
+
+def load_restricted(path: Path | str) -> Any:
+    """Load a `.pt`, `.bin` or `.ckpt` with weights_only=True and the allow list above; nothing is executed.
+
+    Raises:
+        Problem: when the file needs anything else, naming it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise Problem(f"There is no file {path}.", fix="Check the path.")
+    foreign = sorted(set(globals_in(path)) - ALLOWED_GLOBALS)
+    if foreign:
+        raise Problem(
+            f"{path} was not opened: its pickle asks for {', '.join(foreign[:4])}.",
+            "A pickle can run any program while it loads, and this one needs more than tensors and plain values.",
+            "Get the same artifact as .safetensors, or re-save it with the program that made it.",
+        )
+    allowed = [OrderedDict, torch.nn.ParameterDict]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        told = str(error).partition("WeightsUnpickler error:")[2] or str(error) or type(error).__name__
+        raise Problem(
+            f"{path} could not be read without running code from it: {told.strip().splitlines()[0].rstrip('.')}.",
+            "It is damaged, or an old file that stores classes beside its tensors.",
+            "Get it again as .safetensors, or re-save it with the program that made it.",
+        ) from error
+
+
+def globals_in(path: Path | str) -> list[str]:
+    """Names of the globals a torch file's pickles would import, sorted, read opcode by opcode without executing them.
+
+    Understands the zip container and the legacy one. A global whose name is computed is listed as "?".
+    """
+    path = Path(path)
+    found: set[str] = set()
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.infolist():
+                    if member.filename.endswith(".pkl"):
+                        if member.file_size > LARGEST_PICKLE:
+                            raise Problem(f"{path} holds a pickle of {member.file_size:,} bytes; no adapter needs that.")
+                        with archive.open(member) as handle:
+                            found |= _globals_of(handle.read())
+        else:
+            with open(path, "rb") as handle:
+                for _ in range(LEGACY_PICKLES):
+                    found |= _globals_of(handle)
+    except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise Problem(
+            f"{path} is not a torch file: {error}.",
+            "It is neither a torch zip nor a legacy torch pickle.",
+            "Check that it is the file you meant.",
+        ) from error
+    return sorted(found)
+
+
+def _globals_of(source: bytes | IO[bytes]) -> set[str]:
+    """Globals of one pickle; a file is left standing after its STOP."""
+    found: set[str] = set()
+    strings: list[str | None] = []  # what the last opcodes pushed: text, or None for anything else
+    memo: dict[int, str | None] = {}
+    for opcode, argument, _ in pickletools.genops(source):
+        name = opcode.name
+        if name in ("GLOBAL", "INST"):
+            found.add(".".join(argument.split(" ")))
+            strings.append(None)
+        elif name == "STACK_GLOBAL":
+            pair = strings[-2:]
+            found.add(".".join(pair) if len(pair) == 2 and None not in pair else "?")
+            strings.append(None)
+        elif "UNICODE" in name or name in ("STRING", "BINSTRING", "SHORT_BINSTRING"):
+            strings.append(argument)
+        elif name == "MEMOIZE":
+            memo[len(memo)] = strings[-1] if strings else None
+        elif "PUT" in name:
+            memo[argument] = strings[-1] if strings else None
+        elif "GET" in name:
+            strings.append(memo.get(argument))
+        elif name not in ("PROTO", "FRAME"):
+            strings.append(None)
+    return found
