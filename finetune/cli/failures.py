@@ -44,8 +44,9 @@ def usage(error: BaseException) -> list[tuple[str, str]]:
     parameter = getattr(error, "param", None)
     if option and "No such option" in error.format_message():
         what, why = f"{path} has no option {option}.", nearest(option, known)
-    elif parameter is not None and parameter.opts and parameter.opts[0].startswith("--"):
-        what, why = f"{parameter.opts[0]}: {getattr(error, 'message', '') or 'it needs a value.'}", ""
+    elif parameter is not None and getattr(error, "message", ""):
+        name = parameter.opts[0] if parameter.opts[0].startswith("--") else parameter.opts[0].upper()
+        what, why = f"{name}: {error.message.removeprefix('Value error, ')}", ""
     else:
         what, why = error.format_message(), ""
     return [("Problem", what), ("Why", why), ("Fix", f"`{path} --help` lists what it takes.")]

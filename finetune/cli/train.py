@@ -10,7 +10,7 @@ from rich.console import Console
 from finetune.methods import get
 
 
-def load(name: str) -> tuple[type, Callable[..., None]]:
+def of_method(name: str) -> tuple[type, Callable[..., None]]:
     """Settings of the method of that name, and what to do with them."""
     return get(name).Settings, run
 

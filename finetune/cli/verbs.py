@@ -14,7 +14,7 @@ from finetune.errors import Problem, nearest
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb. Its module offers `Settings` (pydantic) and `run(settings, console)`, or `load(name)` giving both."""
+    """One verb. Its module offers `Settings` (pydantic) and `run(settings, console)`, or `of_method(name)` giving both."""
 
     name: str
     summary: str
@@ -25,8 +25,8 @@ class Verb:
     def load(self) -> tuple[type[BaseModel], Callable[..., Any]]:
         """Import what the verb needs: its settings and its body."""
         module = importlib.import_module(self.module)
-        if hasattr(module, "load"):
-            return module.load(self.name)
+        if hasattr(module, "of_method"):
+            return module.of_method(self.name)
         return module.Settings, module.run
 
 

@@ -1,0 +1,51 @@
+"""Running one row in a process of its own, with its output shown as it comes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+HEADS = ("Problem:", "Error:")
+
+
+def train(method: str, recipe: Path, *flags: str) -> str | None:
+    """Run `finetune METHOD --recipe FILE` in a fresh process of this interpreter.
+
+    Its standard output is ours (so a terminal sees the progress bar); its errors are shown and remembered.
+
+    Returns: None when it succeeded, else one line saying what went wrong.
+    """
+    command = [sys.executable, "-m", "finetune", method, "--recipe", str(recipe), *flags]
+    sys.stdout.flush()
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", bufsize=1)
+    said: list[str] = []
+    reader = threading.Thread(target=tee, args=(child.stderr, said), daemon=True)
+    reader.start()
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        # The terminal interrupted the child as well; let it save its checkpoint.
+        child.wait()
+        raise
+    reader.join()
+    return None if code == 0 else last_words(said, code)
+
+
+def tee(stream: object, said: list[str]) -> None:
+    """Show each line on our own stderr and keep it."""
+    for line in stream:  # type: ignore[attr-defined]
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        said.append(line.rstrip())
+
+
+def last_words(said: list[str], code: int) -> str:
+    """What a failed process said last, as one line: its last block, else its last line, else its exit code."""
+    lines = [line for line in said if line.strip()]
+    start = next((number for number in range(len(lines) - 1, -1, -1) if lines[number].lstrip().startswith(HEADS)), None)
+    if start is not None:
+        return " ".join(part.strip() for part in lines[start:])
+    ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{lines[-1].strip()} ({ended})" if lines else f"no message ({ended})"
