@@ -1,1 +1,1 @@
-"""The only place that knows foreign tensor names and file layouts. Nothing here imports torch until it is needed."""
+"""The only place that knows foreign tensor names and file layouts. Importing the package imports no torch."""

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 
 from finetune.errors import Problem
+from finetune.formats.embedding_keys import ANONYMOUS_KEYS
 from finetune.formats.families import family_of_width, modelspec
 from finetune.formats.pickles import load_restricted, save_legacy
 from finetune.formats.tensors import load_tensors, save_tensors
 
-# Names of the single tensor that say nothing about the token. `emp_params` is one trainer's established misspelling.
-ANONYMOUS_KEYS = ("emb_params", "emp_params")
 FILE_WORD = re.compile(r"[A-Za-z0-9._-]+")
 STAR_TOKEN_ID = 265  # CLIP's id of "*"; every A1111 embedding carries it
 

@@ -145,7 +145,7 @@ def write_safetensors(path: Path | str, file: HypernetworkFile, metadata: Mappin
         for key, tensor in state.items()
     }
     config = {**_settings(file), "sizes": file.widths, "transform": file.transform, "scope": file.scope}
-    spec = modelspec(family_of_width(_context_width(file), metadata), "hypernetwork", path.stem, metadata)
+    spec = modelspec(family_of_width(context_width(file), metadata), "hypernetwork", path.stem, metadata)
     described = {
         "format": "pt",
         "finetune.format": "hypernetwork",
@@ -220,7 +220,7 @@ def _settings(file: HypernetworkFile) -> dict[str, Any]:
     }
 
 
-def _context_width(file: HypernetworkFile) -> int | None:
+def context_width(file: HypernetworkFile) -> int | None:
     """Width of the text states: the key or value width that is not a hidden width of a published UNet."""
     widths = [width for width, role in file.networks if role != "query"]
     text = [width for width in widths if width in (768, 1024, 2048)]

@@ -148,7 +148,7 @@ def write_peft(
         key = ".".join(lora_names.foreign_path(name))
         tensors[f"{key}.lora_A.weight"] = module.down.to(dtype)
         tensors[f"{key}.lora_B.weight"] = (module.up * (alpha / rank)).to(dtype)
-    save_tensors(path, tensors, {"format": "pt", **metadata})
+    save_tensors(path, tensors, {"format": "pt", "finetune.scale": "alpha / rank is part of lora_B", **metadata})
 
 
 def context_width(modules: Mapping[str, LoraModule]) -> int | None:
