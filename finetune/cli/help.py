@@ -19,6 +19,8 @@ from finetune.settings import describe, family_recipe
 from finetune.settings.fields import Setting
 
 FLAG_COLUMN = 29
+# What is particular to the verb first, what all share last.
+ORDER = ("arguments", "what", "methods", "method", "pictures", "prompts", "training", "prior", "sampling", "evaluation", "run", "model")
 METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 COMMON = [
     ("--recipe FILE.toml", "settings from a file or a packaged recipe; flags win over it"),
@@ -64,7 +66,7 @@ def verb_help(verb: Verb, tree: type[BaseModel]) -> None:
     if verb.examples:
         console.print()
     recipe = family_recipe(getattr(tree, "METHOD", ""), "toybox")
-    for group in dict.fromkeys(found.group for found in settings):
+    for group in groups(settings):
         table = columns(FLAG_COLUMN)
         for found in settings:
             if found.group == group:
@@ -81,8 +83,14 @@ def columns(width: int) -> Table:
     """A borderless two-column table whose first column has a fixed width."""
     table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(width=width, overflow="fold")
-    table.add_column(ratio=1)
+    table.add_column(ratio=1, overflow="fold")
     return table
+
+
+def groups(settings: list[Setting]) -> list[str]:
+    """The groups that occur, in reading order."""
+    found = list(dict.fromkeys(one.group for one in settings))
+    return sorted(found, key=lambda group: ORDER.index(group) if group in ORDER else len(ORDER) - 3)
 
 
 def placed(found: Setting) -> str:
@@ -104,7 +112,7 @@ def flag_text(found: Setting) -> Text | Group:
         return first
     if len(first) + 1 + len(metavar) <= FLAG_COLUMN:
         return first + Text(" ") + metavar
-    return Group(first, Text("  ") + metavar)
+    return Group(first, Padding(metavar, (0, 0, 0, 2)))
 
 
 def metavar_of(found: Setting) -> str:
@@ -136,7 +144,8 @@ def shown_default(found: Setting) -> str:
         return "required"
     if found.default is None or found.default in ([], (), "") or "[default:" in found.help:
         return ""
-    return f"{plain(found.default)} {found.unit}".strip()
+    unit = found.unit.removesuffix("s") if found.default == 1 else found.unit
+    return f"{plain(found.default)} {unit}".strip()
 
 
 def plain(value: Any) -> str:

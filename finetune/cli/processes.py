@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+
+from finetune.cli.failures import INTERRUPTED
 
 HEADS = ("Problem:", "Error:")
 
@@ -15,6 +20,8 @@ def train(method: str, recipe: Path, *flags: str) -> str | None:
 
     Its standard output is ours (so a terminal sees the progress bar); its errors are shown and remembered.
 
+    An interrupted child saves a checkpoint first; then we stop as well.
+
     Returns: None when it succeeded, else one line saying what went wrong.
     """
     command = [sys.executable, "-m", "finetune", method, "--recipe", str(recipe), *flags]
@@ -23,14 +30,29 @@ def train(method: str, recipe: Path, *flags: str) -> str | None:
     said: list[str] = []
     reader = threading.Thread(target=tee, args=(child.stderr, said), daemon=True)
     reader.start()
-    try:
+    with forwarding(child):
         code = child.wait()
-    except KeyboardInterrupt:
-        # The terminal interrupted the child as well; let it save its checkpoint.
-        child.wait()
-        raise
     reader.join()
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
     return None if code == 0 else last_words(said, code)
+
+
+@contextlib.contextmanager
+def forwarding(child: subprocess.Popen[str]) -> Iterator[None]:
+    """While the context lasts, what would stop us stops the child, and we wait for it to finish tidily."""
+
+    def note(number: int, frame: object) -> None:
+        # A terminal's Ctrl-C has reached the child already; a second one would end it without a checkpoint.
+        if number != signal.SIGINT:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def tee(stream: object, said: list[str]) -> None:

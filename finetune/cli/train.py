@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import typer
 from rich.console import Console
 
+from finetune import runs
+from finetune.cli.failures import INTERRUPTED
 from finetune.methods import get
 
 
@@ -16,8 +19,9 @@ def of_method(name: str) -> tuple[type, Callable[..., None]]:
 
 
 def run(settings: Any, console: Console) -> None:
-    """Train, and say where the artifact is and how to use it."""
+    """Train. A run that was interrupted has saved its checkpoint and said so; the exit code tells it as well."""
     from finetune.training import train
 
     folder = train(settings, console)
-    console.print(f"Artifact: {folder / 'artifact'}", soft_wrap=True)
+    if runs.read_json(folder / "manifest.json")["status"] == "interrupted":
+        raise typer.Exit(INTERRUPTED)

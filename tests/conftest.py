@@ -1,0 +1,94 @@
+"""Fixtures all tests may use: a tiny random base of the real Stable Diffusion classes, and a few pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune.cli import quiet
+
+quiet.hush()
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ.setdefault("COLUMNS", "80")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Class pictures and other caches of the tests stay with the tests."""
+    os.environ["FINETUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds tiny bases: `make_model(prediction="v_prediction", seed=1)` -> diffusers folder, the same for the same seed."""
+
+    def build(prediction: str = "epsilon", seed: int = 0) -> Path:
+        return write_tiny_model(tmp_path_factory.mktemp("base") / f"tiny-{prediction}", prediction, seed)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_model: Callable[..., Path]) -> Path:
+    """A tiny base that predicts the noise: 32 x 32 pictures, 16 x 16 latents, text width 48. Do not write into it."""
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_v_model(make_model: Callable[..., Path]) -> Path:
+    """The same with v-prediction. Do not write into it."""
+    return make_model("v_prediction")
+
+
+@pytest.fixture(scope="session")
+def pictures_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four PNGs of one drawn subject (a teal box with an orange dot) on four backgrounds. Do not write into it."""
+    from PIL import Image, ImageDraw
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, colour in enumerate(("white", "khaki", "slategray", "lightblue")):
+        picture = Image.new("RGB", (48 + 8 * number, 48), colour)
+        pen = ImageDraw.Draw(picture)
+        left = 8 + 3 * number
+        pen.rectangle((left, 10, left + 24, 40), fill="teal")
+        pen.ellipse((left + 8, 20, left + 16, 28), fill="orange")
+        picture.save(folder / f"picture-{number}.png")
+    return folder
+
+
+def write_tiny_model(folder: Path, prediction: str, seed: int) -> Path:
+    """Write a diffusers folder with seeded random weights, in under a second once the libraries are imported."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from finetune.toybox import tokenizer as toybox_tokenizer
+
+    tokenizer = toybox_tokenizer.build()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
+            cross_attention_dim=48, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+        vae = AutoencoderKL(
+            sample_size=32, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.9)
+        text_encoder = CLIPTextModel(CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length, projection_dim=48, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                              set_alpha_to_one=False, steps_offset=1, prediction_type=prediction)
+    for name, part in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder), ("scheduler", scheduler)):
+        part.save_pretrained(folder / name)
+    toybox_tokenizer.save(tokenizer, folder / "tokenizer")
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+             "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+             "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None], "feature_extractor": [None, None],
+             "requires_safety_checker": False}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return folder
