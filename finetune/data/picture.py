@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -73,26 +74,27 @@ def decode(source: Path | io.BytesIO, max_pixels: int) -> tuple[Image.Image, lis
         Unreadable: not a picture, broken, or more than `max_pixels` pixels (seen in the header, before decoding).
     """
     try:
-        with _pixel_limit(None), Image.open(source) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise Unreadable(f"{width} x {height} pixels are more than --max-pixels {max_pixels}; make it smaller")
+        with _pixel_limit(max_pixels), Image.open(source) as image:
             if image.format in REFUSED_FORMATS:
                 raise Unreadable(f"{image.format} files are not decoded; save it as PNG or JPEG")
-            with _pixel_limit(max_pixels):  # containers (ICO, ICNS) only meet their inner picture now
-                return _upright_rgb(image)
+            return _upright_rgb(image)
     except Image.UnidentifiedImageError:
         raise Unreadable("not a picture in a format Pillow reads") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise Unreadable(f"a picture inside has more pixels than --max-pixels {max_pixels}; make it smaller") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        pixels = re.search(r"\d+ pixels", str(error))
+        raise Unreadable(f"{pixels[0] if pixels else 'its pixels'} are more than --max-pixels {max_pixels}; make it smaller") from None
     except BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Unreadable(f"damaged or cut off ({reason})") from error
 
 
 @contextlib.contextmanager
-def _pixel_limit(pixels: int | None) -> Iterator[None]:
-    """Make Pillow's bomb check exact: it only warns up to twice its limit, so the warning becomes an error."""
+def _pixel_limit(pixels: int) -> Iterator[None]:
+    """Make Pillow's bomb check ours: it only warns up to twice its limit, so the warning becomes an error.
+
+    Pillow compares the header's size with it when it opens a file, and again for pictures inside containers (ICO,
+    ICNS), some of which it decodes while opening. So the limit must stand before `Image.open`.
+    """
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = pixels
     try:
@@ -157,9 +159,9 @@ def _from_deep_grey(image: Image.Image) -> tuple[Image.Image, str]:
         ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         ceiling = next((top for top in ranges if low >= 0 and high <= top), 0.0)
     if ceiling:
-        scaled, how = values * (255.0 / ceiling), f"0..{ceiling:.0f} scaled to 8 bits"
+        scaled, how = values * 255.0 / ceiling, f"0..{ceiling:.0f} scaled to 8 bits"
     else:
-        scaled, how = (values - low) * (255.0 / max(high - low, 1e-12)), f"{low:g}..{high:g} stretched to 8 bits"
+        scaled, how = (values - low) * 255.0 / max(high - low, 1e-12), f"{low:g}..{high:g} stretched to 8 bits"
     return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB"), f"{name}, {how}"
 
 
