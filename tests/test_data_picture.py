@@ -51,6 +51,29 @@ def test_all_orientations_give_the_same_upright_picture(orientation, kind, optio
     assert (f"EXIF orientation {orientation}" in note) == (orientation > 1)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_spoils_no_picture(kind):
+    found, note = pixels(encoded(Image.new("RGB", (8, 4), (90, 90, 90)), kind, exif=b"Exif\0\0garbage"))
+    np.testing.assert_allclose(found, np.full((4, 8, 3), 90), atol=2)
+    assert note in ("", "EXIF is damaged, so not turned")
+
+
+def test_damaged_bytes_never_escape_as_another_error():
+    chosen = np.random.default_rng(0)
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "ICO", "AVIF"):
+        whole = encoded(Image.effect_noise((24, 24), 80).convert("RGB"), kind).getvalue()
+        for _ in range(40):
+            broken = bytearray(whole)
+            for place in chosen.integers(0, min(len(broken), 300), 4):
+                broken[place] = chosen.integers(0, 256)
+            try:
+                image, _ = decode(io.BytesIO(bytes(broken)), 10_000)
+            except Unreadable as error:
+                assert str(error)
+            else:
+                assert image.mode == "RGB" and image.width * image.height <= 10_000
+
+
 def grey(values, dtype):
     return Image.fromarray(np.array([values], dtype=dtype))
 
@@ -81,6 +104,7 @@ def alpha(mode, data):
     (encoded(Image.new("RGB", (1, 1), (9, 8, 7)), transparency=(9, 8, 7)), [(255,) * 3], "transparency laid on white"),
     (encoded(Image.new("CMYK", (1, 1), (255, 0, 0, 0)), "TIFF"), [(0, 255, 255)], "CMYK"),
     (encoded(Image.new("CMYK", (1, 1), (0, 0, 0, 255)), "TIFF"), [(0, 0, 0)], "CMYK"),
+    (encoded(Image.new("CMYK", (1, 1), (255, 0, 0, 0)), "JPEG", quality=100), [(0, 255, 255)], "CMYK"),
     (encoded(grey([0, 257, 32896, 65535], np.uint16)), [(0,) * 3, (1,) * 3, (128,) * 3, (255,) * 3], "16-bit"),
     (encoded(grey([0, 257, 65535], np.int32), "TIFF"), [(0,) * 3, (1,) * 3, (255,) * 3], "32-bit"),
     (encoded(grey([3, 200], np.int32), "TIFF"), [(3,) * 3, (200,) * 3], "0..255"),

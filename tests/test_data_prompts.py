@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data import OBJECT_TEMPLATES, STYLE_TEMPLATES, Picture, caption_candidates, fill
+from finetune.data import OBJECT_TEMPLATES, STYLE_TEMPLATES, Picture, caption_candidates, fill, unnamed
 
 
 @pytest.mark.parametrize("template, phrase, wanted", [
@@ -37,8 +37,15 @@ def test_templates_are_the_usual_ones():
     assert all("in the style of {}" in template for template in STYLE_TEMPLATES)
 
 
+def pictures_with(*captions):
+    return [Picture(name, Path(name), caption, "", "", (1, 1)) for name, caption in zip("abcd", captions, strict=False)]
+
+
 def test_own_captions_win_over_templates():
-    pictures = [Picture(name, Path(name), caption, "", "", (1, 1)) for name, caption in
-                [("a", None), ("b", "a {} in a field"), ("c", "a red car")]]
+    pictures = pictures_with(None, "a {} in a field", "a red car")
     assert caption_candidates(pictures, ["a photo of a {}", "the {}"], "owl") == [
         ["a photo of an owl", "the owl"], ["an owl in a field"], ["a red car"]]
+
+
+def test_captions_that_never_name_the_subject():
+    assert unnamed(pictures_with(None, "a {} in a field", "a red car", "An OWL"), "owl") == ["c"]

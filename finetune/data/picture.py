@@ -17,15 +17,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from finetune.errors import Problem
 
 # What Pillow's decoders raise on broken files.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error,
-          zlib.error, MemoryError)
+          zlib.error, MemoryError, RuntimeError)
 # Formats that hold no single picture, or that Pillow hands to an outside program (EPS goes to Ghostscript).
 REFUSED_FORMATS = {"EPS", "WMF", "PDF", "MPEG", "GRIB", "HDF5", "BUFR"}
+# EXIF orientation to the turn that makes the picture upright; `ImageOps.exif_transpose` also rewrites the EXIF block,
+# which fails on camera files with damaged maker notes.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}
 
 
 class Unreadable(Exception):
@@ -112,15 +118,27 @@ def _upright_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     deep_channels = ";16" in str(image.tile) and not image.mode.startswith(("I", "F"))
     if getattr(image, "is_animated", False):
         notes.append("first frame of several")
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    turned = _orientation(image) if image.format == "TIFF" else 1  # Pillow turns TIFF itself while it loads
     image.load()
-    image = ImageOps.exif_transpose(image)
-    if orientation in range(2, 9):
-        notes.append(f"turned upright (EXIF orientation {orientation})")
+    orientation = _orientation(image)
+    if orientation in _TURNS:
+        image, turned = image.transpose(_TURNS[orientation]), orientation
+    if turned in _TURNS:
+        notes.append(f"turned upright (EXIF orientation {turned})")
+    if orientation is None:
+        notes.append("EXIF is damaged, so not turned")
     if deep_channels:
         notes.append("16 bits a channel cut to 8")
     image, note = to_rgb(image)
     return image, notes + [note] * bool(note)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """EXIF orientation, 1 where there is none, None where the EXIF block is damaged (which spoils no pixel)."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except BROKEN:
+        return None
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:

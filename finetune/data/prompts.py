@@ -69,3 +69,8 @@ def caption_candidates(pictures: Sequence[Picture], templates: Sequence[str], ph
     """
     usual = [fill(template, phrase) for template in templates]
     return [[fill(picture.caption, phrase)] if picture.caption else usual for picture in pictures]
+
+
+def unnamed(pictures: Sequence[Picture], phrase: str) -> list[str]:
+    """Files whose own caption never names the subject: what they show is then learnt for no word in particular."""
+    return [picture.file for picture in pictures if picture.caption and phrase.lower() not in fill(picture.caption, phrase).lower()]
