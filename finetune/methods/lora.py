@@ -1,0 +1,220 @@
+"""LoRA: low-rank adapters beside frozen attention projections, through PEFT.
+
+Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen: LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022
+(2106.09685): W' = W + (alpha / rank) B A, with B = 0 at the start. Variants as PEFT provides them: DoRA (Liu et al.
+2024), rank-stabilised scale alpha / sqrt(rank) (Kalajdzievski 2023), LoHa and LoKr (Yeh et al. 2024), OFT (Qiu et al. 2023).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from finetune.errors import Problem
+from finetune.formats import header
+from finetune.formats import lora as files
+from finetune.methods.base import Group, Loaded, Method, bytes_per_number, export_dtype, files_of
+from finetune.model.base import Base
+from finetune.model.text import encode, encode_cached
+from finetune.runs import read_json
+from finetune.settings import TrainSettings, setting
+
+TARGETS = {
+    "cross-attention": r".*attn2\.(to_q|to_k|to_v|to_out\.0)",
+    "attention": r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)",
+    "transformer": r".*attentions\..*(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out)",
+}
+TEXT_TARGETS = r".*self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+PLAIN = ("lora", "rslora")
+
+
+class Settings(TrainSettings):
+    """LoRA's own settings and defaults."""
+
+    METHOD: ClassVar[str] = "lora"
+
+    learning_rate: float = setting(1e-4, "peak learning rate", gt=0)
+    rank: int = setting(16, "inner width of an adapter; 4 to 32 for a subject", group="method", ge=1)
+    alpha: float | None = setting(None, "scale of the adapters is alpha / rank [default: the rank]", group="method", gt=0)
+    targets: str = setting("cross-attention", "cross-attention, attention, transformer, or layer names split by commas", group="method")
+    text_encoder_rank: int = setting(0, "rank of adapters in the text encoder; 0 is off", group="method", ge=0)
+    variant: Literal["lora", "dora", "rslora", "loha", "lokr", "oft"] = setting("lora", "kind of adapter, as PEFT provides them", group="method")
+    dropout: float = setting(0.0, "share of an adapter's input dropped while training", group="method", ge=0, lt=1)
+
+
+class Lora(Method):
+    """Adapters beside the attention projections train."""
+
+    name = "lora"
+    title = "LoRA"
+    paper = "Hu et al. 2022, arXiv 2106.09685"
+    Settings = Settings
+
+    @property
+    def alpha(self) -> float:
+        """Numerator of the scale."""
+        return self.settings.alpha or float(self.settings.rank)
+
+    def attach(self, base: Base) -> list[Group]:
+        from peft import inject_adapter_in_model
+
+        target = TARGETS.get(self.settings.targets, self.settings.targets.split(","))
+        self._check_targets(base.unet, target)
+        self._configs = {"unet": self._config(target, self.settings.rank)}
+        if self.settings.text_encoder_rank:
+            self._configs["text_encoder"] = self._config(TEXT_TARGETS, self.settings.text_encoder_rank)
+        trained: dict[str, nn.Parameter] = {}
+        for part, config in self._configs.items():
+            module = base.modules()[part]
+            inject_adapter_in_model(config, module, adapter_name="default")
+            trained.update({f"{part}.{name}": value for name, value in module.named_parameters() if value.requires_grad})
+        for value in trained.values():
+            value.data = value.data.float()
+        base.states.clear()
+        return [Group(trained)]
+
+    def _config(self, target: str | list[str], rank: int) -> Any:
+        """PEFT's configuration of the chosen variant."""
+        import peft
+
+        alpha, dropout = self.alpha / self.settings.rank * rank, self.settings.dropout
+        match self.settings.variant:
+            case "loha":
+                return peft.LoHaConfig(r=rank, alpha=alpha, target_modules=target, module_dropout=dropout)
+            case "lokr":
+                return peft.LoKrConfig(r=rank, alpha=alpha, target_modules=target, module_dropout=dropout)
+            case "oft":
+                return peft.OFTConfig(r=0, oft_block_size=rank, target_modules=target, module_dropout=dropout)
+            case variant:
+                return peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=target, lora_dropout=dropout,
+                                       use_dora=variant == "dora", use_rslora=variant == "rslora")
+
+    def _check_targets(self, unet: nn.Module, target: str | list[str]) -> None:
+        """Refuse names that match no layer, and ranks wider than the narrowest layer."""
+        linear = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+        if isinstance(target, str):
+            chosen = [module for name, module in linear.items() if re.fullmatch(target, name)]
+        else:
+            chosen = [module for name, module in linear.items() if any(name == word or name.endswith(f".{word}") for word in target)]
+        if not chosen:
+            raise Problem(f"--targets {self.settings.targets!r} matches no layer of the UNet.",
+                          f"Known words are {', '.join(TARGETS)}; layers are named like {next(iter(linear))}.",
+                          "Use one of those, or layer names split by commas such as to_k,to_v.")
+        narrow = min(min(module.weight.shape[:2]) for module in chosen)
+        if self.settings.rank > narrow:
+            raise Problem(f"--rank {self.settings.rank} is larger than the narrowest chosen layer, which is {narrow} wide.",
+                          "A larger rank than that adds numbers but no freedom.", f"Use --rank {narrow} or less.")
+
+    def condition(self, base: Base, captions: list[str]) -> Tensor:
+        return encode(base, captions) if self.settings.text_encoder_rank else encode_cached(base, captions)
+
+    def training_modules(self, base: Base) -> list[nn.Module]:
+        return [base.modules()[part] for part in self._configs]
+
+    @contextlib.contextmanager
+    def detached(self, base: Base) -> Iterator[Any]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [layer for part in self._configs for layer in base.modules()[part].modules() if isinstance(layer, BaseTunerLayer)]
+        try:
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield self.denoise
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    def expected_bytes(self, base: Base) -> int:
+        count = sum(value.numel() for part in self._configs for value in base.modules()[part].parameters() if value.requires_grad)
+        return count * bytes_per_number(self.settings) * (2 if self.settings.variant in PLAIN else 1)  # kohya and PEFT layout
+
+    def export(self, base: Base, folder: Path, metadata: dict[str, str]) -> None:
+        """Plain LoRA: NAME.safetensors (kohya layout) and pytorch_lora_weights.safetensors (PEFT layout), the same numbers.
+
+        Other variants have no layout every program reads: they are written in PEFT's own form, a folder for each network.
+        """
+        if self.settings.variant in PLAIN:
+            modules = self._modules(base)
+            files.write_kohya(folder / f"{self.stem}.safetensors", modules, metadata, export_dtype(self.settings))
+            files.write_peft(folder / "pytorch_lora_weights.safetensors", modules, metadata, export_dtype(self.settings))
+            return
+        from peft import get_peft_model_state_dict
+
+        from finetune.formats.tensors import save_tensors
+
+        for part, config in self._configs.items():
+            state = get_peft_model_state_dict(base.modules()[part], adapter_name="default")
+            state = {name: value.detach().to(export_dtype(self.settings)).cpu().contiguous() for name, value in state.items()}
+            config.inference_mode = True
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            config.save_pretrained(folder / part)
+            save_tensors(folder / part / "adapter_model.safetensors", state, {"format": "pt", **metadata})
+
+    def _modules(self, base: Base) -> dict[str, files.LoraModule]:
+        """The trained adapters as down, up and alpha by module path."""
+        found = {}
+        for part in self._configs:
+            for name, layer in base.modules()[part].named_modules():
+                if "default" in getattr(layer, "lora_A", {}):
+                    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                    alpha = layer.scaling["default"] * layer.r["default"]
+                    found[f"{part}.{name}"] = files.LoraModule(down.detach().float().cpu(), up.detach().float().cpu(), alpha)
+        return found
+
+    @classmethod
+    def find(cls, path: Path) -> Path | None:
+        if path.is_dir() and (path / "unet" / "adapter_config.json").is_file():
+            return path
+        for file in files_of(path):
+            if file.suffix == ".safetensors":
+                keys = header.read_header(file).tensors.keys()
+                if any(".lora_down." in key or ".lora_A." in key or ".lora.down." in key or key.startswith("unet:0:") for key in keys):
+                    return file
+        return None
+
+    @classmethod
+    def load(cls, base: Base, path: Path, strength: float) -> Loaded:
+        """Fold the adapters into the weights: W + strength (alpha / rank) up down, computed in float32."""
+        if path.is_dir():
+            return cls._load_peft(base, path, strength)
+        modules, metadata = files.read(path)
+        layers = {f"{part}.{name.removeprefix('text_model.')}": layer for part, network in base.modules().items()
+                  for name, layer in network.named_modules()}
+        for name, module in modules.items():
+            layer = layers.get(name)
+            delta = module.up.float().flatten(1) @ module.down.float().flatten(1) * (strength * module.alpha / module.down.shape[0])
+            if layer is None or layer.weight.numel() != delta.numel():
+                raise Problem(f"The LoRA {path} does not fit the model {base.name!r}.", f"Its module {name} is not there or has another width.",
+                              "Load it on a base of the family it was trained from.")
+            layer.weight.data += delta.reshape(layer.weight.shape).to(layer.weight)
+        base.states.clear()
+        return Loaded(cls.name, metadata.get("finetune.trigger"), path, metadata)
+
+    @classmethod
+    def _load_peft(cls, base: Base, path: Path, strength: float) -> Loaded:
+        from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+        from finetune.formats.tensors import load_tensors
+
+        metadata: dict[str, str] = {}
+        for part in ("unet", "text_encoder"):
+            if not (path / part / "adapter_config.json").is_file():
+                continue
+            state, metadata = load_tensors(path / part / "adapter_model.safetensors")
+            module = base.modules()[part]
+            inject_adapter_in_model(PeftConfig.from_pretrained(str(path / part)), module, adapter_name="default")
+            set_peft_model_state_dict(module, {name: value.float() for name, value in state.items()}, adapter_name="default")
+            for layer in module.modules():
+                if strength != 1 and hasattr(layer, "scale_layer"):
+                    layer.scale_layer(strength)
+            module.requires_grad_(False)
+        told = read_json(path / "artifact.json") if (path / "artifact.json").is_file() else {}
+        return Loaded(cls.name, metadata.get("finetune.trigger") or told.get("trigger"), path, metadata)

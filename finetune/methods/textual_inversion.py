@@ -1,0 +1,153 @@
+"""Textual Inversion: learn the embedding of one new word; everything else stays as it is.
+
+Gal, Alaluf, Atzmon, Patashnik, Bermano, Chechik, Cohen-Or: An Image is Worth One Word, ICLR 2023 (2208.01618).
+Only the new rows are parameters, laid over the frozen table (`finetune.model.text.TokenOverlay`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from finetune.data.prompts import OBJECT_TEMPLATES, STYLE_TEMPLATES
+from finetune.errors import Problem
+from finetune.formats import embedding, header
+from finetune.methods.base import Group, Loaded, Method, files_of
+from finetune.model.base import Base
+from finetune.model.text import add_tokens, encode
+from finetune.settings import TrainSettings, setting
+
+
+class Settings(TrainSettings):
+    """Textual Inversion's own settings and defaults."""
+
+    METHOD: ClassVar[str] = "textual-inversion"
+
+    learning_rate: float = setting(5e-3, "peak learning rate", gt=0)
+    placeholder: str | None = setting(None, "the new word, one the model does not know: '<my-dog>' [default: '<my-NOUN>']", group="method")
+    initializer: str | None = setting(None, "words to start from, may be several tokens [default: the class noun]", group="method")
+    vectors: int = setting(1, "embeddings the new word stands for; more learn more and edit worse", unit="vectors", group="method", ge=1, le=32)
+    templates: Literal["object", "style", "prompt"] = setting(
+        "object", "training prompts: 27 for objects, 19 for styles, or only the instance prompt", group="method")
+    norm_limit: float = setting(0.0, "largest norm of a row as a multiple of the table's median; 0 is off", group="method", ge=0)
+
+
+class TextualInversion(Method):
+    """Only the new rows of the token table train."""
+
+    name = "textual-inversion"
+    title = "Textual Inversion"
+    paper = "Gal et al. 2023, arXiv 2208.01618"
+    Settings = Settings
+
+    @property
+    def noun(self) -> str:
+        noun = self.settings.class_noun or self.settings.initializer
+        if not noun:
+            raise Problem("Neither --initializer nor --class-noun was given.", "The new word must start from a word the model knows.",
+                          "Add --initializer dog (or backpack, watercolor, ...).")
+        return noun
+
+    @property
+    def subject(self) -> str:
+        return self.settings.subject or self.placeholder
+
+    @property
+    def placeholder(self) -> str:
+        """The new word."""
+        return self.settings.placeholder or f"<my-{self.noun.replace(' ', '-')}>"
+
+    def templates(self) -> list[str]:
+        if self.settings.instance_prompt or self.settings.templates == "prompt":
+            return [self.settings.instance_prompt or "a photo of a {}"]
+        return list(OBJECT_TEMPLATES if self.settings.templates == "object" else STYLE_TEMPLATES)
+
+    @property
+    def stem(self) -> str:
+        return "".join(sign if sign.isascii() and (sign.isalnum() or sign in "._-") else "" for sign in self.placeholder) or self.name
+
+    def attach(self, base: Base) -> list[Group]:
+        if any(space in self.placeholder for space in " \t\n"):
+            raise Problem(f"The placeholder {self.placeholder!r} contains a space.", "It must be one word.", "Use a dash: '<my-dog>'.")
+        if self.placeholder not in self.subject:
+            raise Problem(f"The subject phrase {self.subject!r} does not contain the placeholder {self.placeholder!r}.",
+                          "Nothing would be learned.", f"Use --subject {self.placeholder!r} or leave it out.")
+        start = self._start(base)
+        self._rows = add_tokens(base, self.placeholder, start)
+        norms = base.text_encoder.get_input_embeddings().weight.float().norm(dim=1)
+        self._limit = float(norms.median()) * self.settings.norm_limit
+        return [Group({"rows": self._rows})]
+
+    def _start(self, base: Base) -> Tensor:
+        """Rows (n x D) to start from: the initializer's tokens, cycled or cut to the number of vectors."""
+        words = self.settings.initializer or self.noun
+        ids = base.tokenizer(words, add_special_tokens=False).input_ids
+        if not ids or base.tokenizer.unk_token_id in ids and base.tokenizer.unk_token_id != base.tokenizer.eos_token_id:
+            raise Problem(f"The initializer {words!r} is unknown to this model.", "Its tokenizer cannot split it.", "Use a plain word.")
+        ids = [ids[number % len(ids)] for number in range(self.settings.vectors)]
+        return base.text_encoder.get_input_embeddings().weight[ids].detach()
+
+    def condition(self, base: Base, captions: list[str]) -> Tensor:
+        return encode(base, captions)
+
+    @contextlib.contextmanager
+    def detached(self, base: Base) -> Iterator[Any]:
+        """The class prompt lacks the new word, so the base is untouched as it is and the extra loss is zero."""
+        yield self.denoise
+
+    @torch.no_grad()
+    def after_step(self, base: Base) -> None:
+        if self._limit:
+            norms = self._rows.norm(dim=1, keepdim=True)
+            self._rows.mul_((self._limit / norms).clamp(max=1.0))
+
+    def training_modules(self, base: Base) -> list[nn.Module]:
+        return []
+
+    def expected_bytes(self, base: Base) -> int:
+        return 3 * self._rows.numel() * 4  # three files, always float32
+
+    def export(self, base: Base, folder: Path, metadata: dict[str, str]) -> None:
+        """TRIGGER.safetensors, TRIGGER.pt (web UI) and learned_embeds.safetensors (diffusers)."""
+        vectors = self._rows.detach().float().cpu()
+        embedding.write_safetensors(folder / f"{self.stem}.safetensors", vectors, metadata)
+        embedding.write_webui(folder / f"{self.stem}.pt", vectors, self.stem, self.settings.steps, base.name, base.hash[:10])
+        embedding.write_diffusers(folder / "learned_embeds.safetensors", vectors, self.placeholder, metadata)
+
+    @classmethod
+    def find(cls, path: Path) -> Path | None:
+        files = files_of(path)
+        files.sort(key=lambda file: file.name != "learned_embeds.safetensors")
+        for file in files:
+            if file.suffix == ".safetensors":
+                tensors = header.read_header(file).tensors
+                if tensors.keys() & {"emb_params", "emp_params"} or len(tensors) == 1 and len(next(iter(tensors.values())).shape) <= 2:
+                    return file
+        return next((file for file in files if file.suffix in (".pt", ".bin") and _holds_embedding(file)), None)
+
+    @classmethod
+    def load(cls, base: Base, path: Path, strength: float) -> Loaded:
+        """Add the trigger's rows; strength scales them around the mean row of the table."""
+        found = embedding.read(path)
+        width = base.text_encoder.config.hidden_size
+        if found.vectors.shape[1] != width:
+            raise Problem(f"The embedding {path} is {found.vectors.shape[1]} wide, the model {base.name!r} takes {width}.",
+                          "It was trained on another family of models.", "Use it with a model of that family.")
+        trigger = found.token or found.metadata.get("finetune.trigger") or path.stem
+        table = base.text_encoder.get_input_embeddings().weight
+        middle = table.float().mean(0)
+        add_tokens(base, trigger, middle + strength * (found.vectors.to(middle) - middle) if strength != 1 else found.vectors)
+        return Loaded(cls.name, trigger, path, found.metadata)
+
+
+def _holds_embedding(path: Path) -> bool:
+    """Whether a pickle is an embedding: any dict without the integer keys of a hypernetwork."""
+    from finetune.formats.pickles import load_restricted
+
+    content = load_restricted(path)
+    return isinstance(content, dict) and not any(isinstance(key, int) for key in content)

@@ -1,0 +1,155 @@
+"""A base model in memory: the parts every method works on."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune import diffusion, runs
+from finetune.errors import Problem
+from finetune.model.families import Location, locate
+
+
+@dataclass
+class Base:
+    """A loaded base model. All parts frozen and in evaluation mode until a method attaches.
+
+    Attributes:
+        schedule: alpha-bar per training timestep, (T,) float32.
+        prediction: what the network says: "epsilon" or "v_prediction".
+        hash: first 16 hex digits of the SHA-256 of the UNet's weights file.
+        resolution: native side of a picture in pixels.
+        states: cache of text states per prompt, valid while the text encoder is frozen.
+        placeholders: own tokens laid over the vocabulary: trigger -> list of tokens it expands to.
+    """
+
+    name: str
+    location: Location
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    scheduler_config: dict[str, Any]
+    schedule: Tensor
+    prediction: str
+    hash: str
+    device: torch.device
+    resolution: int
+    states: dict[str, Tensor] = field(default_factory=dict)
+    placeholders: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def family(self) -> str:
+        return self.location.family
+
+    @property
+    def context_width(self) -> int:
+        """Width of the text states the UNet attends to."""
+        return self.unet.config.cross_attention_dim
+
+    def modules(self) -> dict[str, Any]:
+        """The three networks by name."""
+        return {"unet": self.unet, "text_encoder": self.text_encoder, "vae": self.vae}
+
+    def freeze(self) -> None:
+        """No tensor of any network asks for a gradient."""
+        for module in self.modules().values():
+            module.requires_grad_(False).eval()
+
+    def pipeline(self) -> Any:
+        """The parts as diffusers' own pipeline, sharing the modules."""
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+        return StableDiffusionPipeline(vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
+                                       scheduler=DDIMScheduler.from_config(self.scheduler_config), safety_checker=None,
+                                       feature_extractor=None, requires_safety_checker=False)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda, cuda:N -> a device that exists.
+
+    Raises:
+        Problem: the machine does not have it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise Problem(f"There is no device {name!r}.", "Known are auto, cpu, cuda and cuda:N.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise Problem(f"The device {name!r} is not on this machine.", "torch sees no CUDA GPU.", "Use --device cpu.")
+    return device
+
+
+def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Base:
+    """Load a base model by name (see `locate`), frozen, in evaluation mode.
+
+    Raises:
+        Problem: not found, incomplete, or its weights do not fit its configuration.
+    """
+    location = locate(name)
+    pipe = _from_folder(location.path, dtype) if location.kind == "folder" else _from_file(location, dtype)
+    config = dict(pipe.scheduler.config)
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise Problem(f"The model {name!r} predicts {prediction!r}.", "Only epsilon and v_prediction are known.")
+    device = torch.device(device)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.to(device)
+    share = diffusion.alphas_cumprod(config.get("num_train_timesteps", 1000), config["beta_start"], config["beta_end"], config["beta_schedule"])
+    scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    base = Base(name=name, location=location, unet=pipe.unet, vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer,
+                scheduler_config=config, schedule=share, prediction=prediction, hash=_hash(location), device=device,
+                resolution=pipe.unet.config.sample_size * scale)
+    base.freeze()
+    return base
+
+
+def _hash(location: Location) -> str:
+    path = location.path
+    if location.kind == "folder":
+        path = next(iter(sorted((path / "unet").glob("*.safetensors"))), path / "unet" / "config.json")
+    return runs.sha256(path)[:16]
+
+
+def _from_folder(path: Path, dtype: torch.dtype) -> Any:
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    with _loading(path):
+        parts = {"unet": UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=dtype, local_files_only=True),
+                 "vae": AutoencoderKL.from_pretrained(path / "vae", torch_dtype=dtype, local_files_only=True),
+                 "text_encoder": CLIPTextModel.from_pretrained(path / "text_encoder", dtype=dtype, local_files_only=True),
+                 "tokenizer": CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True),
+                 "scheduler": DDIMScheduler.from_pretrained(path / "scheduler", local_files_only=True)}
+        return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def _from_file(location: Location, dtype: torch.dtype) -> Any:
+    """Single LDM file, offline, with our own configuration folder (formats.md trap 9)."""
+    from diffusers import StableDiffusionPipeline
+
+    from finetune.model.configs import config_folder
+
+    with _loading(location.path), config_folder(location.path, location.family) as folder:
+        return StableDiffusionPipeline.from_single_file(str(location.path), config=str(folder), torch_dtype=dtype, local_files_only=True,
+                                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+@contextlib.contextmanager
+def _loading(path: Path) -> Any:
+    """Library errors about files become one sentence that names the model."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first = (str(error).splitlines() or ["no details"])[0]
+        raise Problem(f"The model {path} cannot be loaded.", f"{type(error).__name__}: {first}",
+                      "Check that the download is complete; `finetune inspect` reads its headers.") from error

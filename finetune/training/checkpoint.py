@@ -1,0 +1,100 @@
+"""Checkpoints: trainables and optimizer state as safetensors, complete when their manifest is there.
+
+Draws are functions of seed and step, so no generator state is needed to go on exactly.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune import runs
+from finetune.errors import Problem
+from finetune.training.loop import State
+
+# Settings that change what is computed; a checkpoint made under others cannot be continued exactly.
+HARMLESS = {"steps", "output", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "log_every", "validate_every",
+            "preview_every", "preview_prompt", "export_dtype", "device"}
+
+
+def save(folder: Path, state: State, settings: dict[str, Any], keep: int) -> Path:
+    """Write RUN/checkpoints/STEP and drop older complete ones beyond `keep`."""
+    target = folder / "checkpoints" / f"{state.step:07d}"
+    target.mkdir(parents=True, exist_ok=True)
+    trained = {f"parameter/{name}": value.detach().cpu().contiguous() for name, value in state.parameters.items()}
+    trained.update({f"extra/{name}": value.detach().cpu().contiguous() for name, value in state.extra.items()})
+    tensors, plain = _optimizer_tensors(state)
+    files = {"trained.safetensors": trained, "optimizer.safetensors": tensors}
+    for name, content in files.items():
+        with runs.atomic_path(target / name) as temporary:
+            save_file(content, temporary)
+    manifest = {"step": state.step, "settings": settings, "optimizer": plain,
+                "files": {name: runs.sha256(target / name) for name in files}}
+    runs.write_json(target / "manifest.json", manifest)
+    for old in complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in (folder / "checkpoints").glob("*/manifest.json"))
+
+
+def restore(folder: Path, state: State, settings: dict[str, Any]) -> None:
+    """Continue `state` from the newest complete checkpoint of a run.
+
+    Raises:
+        Problem: none there, damaged, or made under settings that change the computation (they are listed).
+    """
+    found = complete(folder)
+    if not found:
+        raise Problem(f"There is no complete checkpoint in {folder}.", "Nothing can be resumed.", "Start without --resume.")
+    newest = found[-1]
+    manifest = runs.read_json(newest / "manifest.json")
+    differing = [f"{key} (was {manifest['settings'].get(key)!r}, is {settings[key]!r})" for key in settings
+                 if key not in HARMLESS and manifest["settings"].get(key) != settings[key]]
+    if differing:
+        raise Problem(f"The checkpoint {newest} was made under other settings.", "They differ in " + "; ".join(differing) + ".",
+                      "Resume with the old settings, or start a new run with another --output.")
+    for name, digest in manifest["files"].items():
+        if runs.sha256(newest / name) != digest:
+            raise Problem(f"The checkpoint file {newest / name} is damaged.", "Its SHA-256 is not the one in its manifest.",
+                          f"Remove {newest} to fall back to the one before.")
+    trained = load_file(newest / "trained.safetensors")
+    with torch.no_grad():
+        for prefix, live in (("parameter", state.parameters), ("extra", state.extra)):
+            for name, value in live.items():
+                value.copy_(trained[f"{prefix}/{name}"])
+    _restore_optimizer(state, load_file(newest / "optimizer.safetensors"), manifest["optimizer"])
+    state.step = manifest["step"]
+
+
+def _optimizer_tensors(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's per-parameter state, tensors by "name/key" and the rest as plain values."""
+    names = list(state.parameters)
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for index, entries in state.optimizer.state_dict()["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{names[index]}/{key}"] = value.detach().cpu().contiguous().clone()
+            else:
+                plain[f"{names[index]}/{key}"] = value
+    return tensors, plain
+
+
+def _restore_optimizer(state: State, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    places = {name: index for index, name in enumerate(state.parameters)}
+    entries: dict[int, dict[str, Any]] = {}
+    for label, value in {**tensors, **plain}.items():
+        name, _, key = label.rpartition("/")
+        entries.setdefault(places[name], {})[key] = value
+    current = state.optimizer.state_dict()
+    state.optimizer.load_state_dict({"state": entries, "param_groups": current["param_groups"]})
+

@@ -1,0 +1,209 @@
+"""The training loop: noise, denoise, weighted squared error. Every method goes through it, none overrides it.
+
+B rows of a micro-batch, C latent channels, H and W latent height and width, T training timesteps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from finetune import diffusion, draws
+from finetune.errors import Problem
+from finetune.methods.base import Group, Method
+from finetune.model.base import Base
+
+
+class Source(Protocol):
+    """Where micro-batches come from (see `finetune.data.source`)."""
+
+    def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> Any: ...
+
+    def validation(self) -> list[Any]: ...
+
+
+@dataclass
+class State:
+    """What a run is made of between two steps; a checkpoint holds exactly this."""
+
+    step: int
+    parameters: dict[str, nn.Parameter]
+    optimizer: Any
+    extra: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One finished step, for whoever watches. `loss` and `grad_norm` are tensors, so that looking costs, not running."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor | None
+    learning_rate: float
+    seconds: float
+
+
+def prepare(base: Base, method: Method, settings: Any, accelerator: Accelerator) -> State:
+    """Attach, freeze everything, thaw what the method named, build optimizer and schedule."""
+    base.freeze()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draws.key(settings.seed, "init"))
+        groups = method.attach(base)
+    base.freeze()
+    parameters = {name: value for group in groups for name, value in group.parameters.items()}
+    for value in parameters.values():
+        value.requires_grad_(True)
+    if settings.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    optimizer = make_optimizer(groups, settings)
+    if accelerator.scaler is not None:  # fp16: accelerate's wrapper unscales and skips overflowing steps
+        optimizer = accelerator.prepare_optimizer(optimizer)
+    return State(0, parameters, optimizer, method.extra_state())
+
+
+def make_optimizer(groups: list[Group], settings: Any) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019), torch's fused one or bitsandbytes' with 8-bit state (Dettmers et al. 2022)."""
+    listed = [{"params": list(group.parameters.values()), "lr": settings.learning_rate * group.rate, "peak": settings.learning_rate * group.rate,
+               "weight_decay": settings.weight_decay if group.weight_decay is None else group.weight_decay} for group in groups]
+    betas = (settings.beta1, settings.beta2)
+    if settings.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise Problem("--optimizer adamw8bit needs the package bitsandbytes.", "It is not installed.", "pip install 'finetune[memory]'") from None
+        return AdamW8bit(listed, betas=betas)
+    return torch.optim.AdamW(listed, betas=betas, fused=True)
+
+
+def learning_rate_share(step: int, settings: Any) -> float:
+    """Share of the peak rate at a step: linear warm-up, then linear or cosine decay to zero, or constant."""
+    if step < settings.warmup:
+        return (step + 1) / (settings.warmup + 1)
+    left = max(0.0, (settings.steps - step) / max(1, settings.steps - settings.warmup))
+    if settings.schedule == "linear":
+        return left
+    if settings.schedule == "cosine":
+        return 0.5 * (1.0 - torch.cos(torch.tensor(left * torch.pi, dtype=torch.float64)).item())
+    return 1.0
+
+
+def fit(base: Base, method: Method, source: Source, settings: Any, accelerator: Accelerator, state: State) -> Iterator[Progress]:
+    """Train from `state.step` to `settings.steps`, yielding after every optimizer step.
+
+    Between two yields nothing is drawn from shared generators, so what the caller does there cannot change the run.
+
+    Raises:
+        Problem: a loss or gradient that is not finite, before the optimizer has seen it.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    while state.step < settings.steps:
+        started = time.perf_counter()
+        _training_mode(base, method)
+        total = torch.zeros((), device=base.device)
+        for micro in range(settings.accumulate):
+            batch = source.batch(state.step, micro, rank, world)
+            torch.manual_seed(draws.key(settings.seed, "dropout", state.step, micro, rank))
+            with accelerator.autocast():
+                loss = loss_of(base, method, batch, settings)
+            if not torch.isfinite(loss):
+                raise not_finite("loss", state.step, batch)
+            accelerator.backward(loss / settings.accumulate)
+            total += loss.detach() / settings.accumulate
+        norm = _reduce_and_clip(state, settings, accelerator)
+        if norm is not None and accelerator.scaler is None and not torch.isfinite(norm):
+            raise not_finite("gradient", state.step, batch)
+        rate = _set_learning_rate(state, settings)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        method.after_step(base)
+        state.step += 1
+        yield Progress(state.step, total, norm, rate, time.perf_counter() - started)
+
+
+def loss_of(base: Base, method: Method, batch: Any, settings: Any) -> Tensor:
+    """The loss of one micro-batch, in the order of the paper (Ho et al. 2020, algorithm 1), as a scalar."""
+    latents = batch.latents  # (B, C, H, W)
+    noise = noise_of(batch, settings.seed).to(latents)
+    timesteps = timesteps_of(batch, settings.seed, len(base.schedule)).to(latents.device)  # (B,)
+    noisy = diffusion.add_noise(latents, noise, timesteps, base.schedule)
+    cond = method.condition(base, batch.captions)  # (B, L, D)
+    pred = method.denoise(base, noisy, timesteps, cond)
+    wanted = diffusion.target(latents, noise, timesteps, base.schedule, base.prediction)
+    weights = batch.weights * diffusion.min_snr_weights(timesteps, base.schedule, settings.snr_gamma, base.prediction).to(batch.weights)
+    loss = diffusion.weighted_loss(pred, wanted, weights, batch.instances)
+    extra = method.regularizer(base, noisy, timesteps, batch.instances)
+    return loss if extra is None else loss + extra
+
+
+def noise_of(batch: Any, seed: int) -> Tensor:
+    """Standard normal noise per row, drawn by the row's key and nothing else; (B, C, H, W)."""
+    return torch.stack([draws.normal(tuple(batch.latents.shape[1:]), seed, "noise", *key) for key in batch.keys])
+
+
+def timesteps_of(batch: Any, seed: int, count: int) -> Tensor:
+    """Uniform timesteps per row by the row's key; rows of the validation set are spread evenly instead; (B,)."""
+    drawn = [int((key[1] * 0.618034 % 1.0) * count) if key[0] == "validation" else int(draws.integers(0, count, 1, seed, "timestep", *key))
+             for key in batch.keys]
+    return torch.tensor(drawn)
+
+
+@torch.no_grad()
+def validation_loss(base: Base, method: Method, source: Source, settings: Any) -> float:
+    """Mean loss on the fixed set of pictures, noises and timesteps, without weights; the same set for every method."""
+    modes = [(part, part.training) for part in _modules(base, method)]
+    for part, _ in modes:
+        part.eval()
+    total, rows = 0.0, 0
+    for batch in source.validation():
+        noise = noise_of(batch, settings.seed).to(batch.latents)
+        timesteps = timesteps_of(batch, settings.seed, len(base.schedule)).to(batch.latents.device)
+        noisy = diffusion.add_noise(batch.latents, noise, timesteps, base.schedule)
+        pred = method.denoise(base, noisy, timesteps, method.condition(base, batch.captions))
+        wanted = diffusion.target(batch.latents, noise, timesteps, base.schedule, base.prediction)
+        total += (pred.float() - wanted.float()).pow(2).flatten(1).mean(1).sum().item()
+        rows += len(batch.keys)
+    for part, mode in modes:
+        part.train(mode)
+    return total / rows
+
+
+def _set_learning_rate(state: State, settings: Any) -> float:
+    """Rate of this step into every group, from the step alone, so that nothing of it needs to be resumed."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["peak"] * learning_rate_share(state.step, settings)
+    return state.optimizer.param_groups[0]["lr"]
+
+
+def _modules(base: Base, method: Method) -> list[nn.Module]:
+    return [*base.modules().values(), *method.training_modules(base)]
+
+
+def _training_mode(base: Base, method: Method) -> None:
+    for part in base.modules().values():
+        part.eval()
+    for part in method.training_modules(base):
+        part.train()
+
+
+def _reduce_and_clip(state: State, settings: Any, accelerator: Accelerator) -> Tensor | None:
+    """Mean gradient over the processes, unscaled, then clipped to the global norm; returns the norm before clipping."""
+    values = [value for value in state.parameters.values() if value.grad is not None]
+    if accelerator.num_processes > 1:
+        for value in values:
+            value.grad = accelerator.reduce(value.grad, "mean")
+    if accelerator.scaler is not None:
+        accelerator.unscale_gradients(state.optimizer)
+    limit = settings.clip_norm if settings.clip_norm > 0 else float("inf")
+    return torch.nn.utils.clip_grad_norm_(values, limit, foreach=True) if values else None
+
+
+def not_finite(what: str, step: int, batch: Any) -> Problem:
+    """The refusal to train on a broken number, naming the pictures at hand."""
+    return Problem(f"The {what} at step {step + 1} is not a finite number.", f"The pictures were {', '.join(dict.fromkeys(batch.names))}.",
+                   "Lower --learning-rate, or use --precision fp32; the last checkpoint is good.")

@@ -1,0 +1,260 @@
+"""One run from settings to artifact: pictures, base, class pictures, training, export, manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+import finetune
+from finetune import data, draws, methods, runs
+from finetune.errors import Problem
+from finetune.methods.base import Method
+from finetune.model.base import Base, load, pick_device
+from finetune.model.sampling import render
+from finetune.settings import TrainSettings
+from finetune.training import checkpoint
+from finetune.training.announce import announce
+from finetune.training.loop import Progress, State, fit, prepare, validation_loss
+from finetune.training.meter import Meter
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+
+def train(settings: TrainSettings, console: Console | None = None) -> Path:
+    """Run a method from settings to artifact; returns the run's folder.
+
+    Raises:
+        Problem: anything the user can put right, before training wherever it can be known before.
+    """
+    console = console or Console()
+    method = methods.get(settings.METHOD)(settings)
+    _ = method.subject  # refuses a missing class noun before anything is read
+    folder = _open_folder(settings)
+    started = time.perf_counter()
+    intake = data.intake(settings)
+    device = pick_device(settings.device)
+    _check_precision(settings, device)
+    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision), cpu=device.type == "cpu")
+    base = load(settings.model, accelerator.device)
+    manifest = _manifest(settings, method, base, intake)
+    runs.write_json(folder / "settings.json", settings.model_dump(mode="json") | {"method": method.name})
+    runs.write_json(folder / "manifest.json", manifest)
+    classes, class_seconds = _class_pictures(settings, method, base, console)
+    captions = data.caption_candidates(intake.pictures, method.templates(), method.subject)
+    source = data.source(settings, intake, classes, base.vae, captions, method.class_prompt if classes else "", base.device)
+    state = prepare(base, method, settings, accelerator)
+    if settings.resume:
+        checkpoint.restore(folder, state, settings.model_dump(mode="json"))
+        runs.trim_metrics(folder, state.step)
+    announce(console, settings, method, base, intake, classes, source, state)
+    with _finish_on_failure(folder, manifest):
+        training_seconds, finished = _steps(folder, settings, method, base, source, accelerator, state, console)
+        if not finished:
+            _note_stop(folder, manifest, state, console)
+            return folder
+        _export(folder, settings, method, base, intake)
+    seconds = {"total": time.perf_counter() - started, "training": training_seconds, "class_images": class_seconds,
+               "per_step": training_seconds / max(1, len(runs.read_metrics(folder)) and settings.steps)}
+    _close(folder, manifest, state, seconds, console)
+    return folder
+
+
+def _open_folder(settings: TrainSettings) -> Path:
+    """The run's folder, empty or to be resumed.
+
+    Raises:
+        Problem: a run is in it already.
+    """
+    folder = Path(settings.output) if settings.output else runs.free_run_folder(settings.METHOD)
+    settings.output = folder
+    taken = (folder / "manifest.json").is_file()
+    if taken and settings.overwrite:
+        for name in ("artifact", "checkpoints", "previews"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("manifest.json", "metrics.jsonl", "settings.json"):
+            (folder / name).unlink(missing_ok=True)
+    elif taken and not settings.resume:
+        raise Problem(f"There is a run in {folder} already.", "It would be mixed up with the new one.",
+                      "Choose another --output, go on with --resume, or clear it with --overwrite.")
+    elif not taken and settings.resume:
+        raise Problem(f"There is no run in {folder} to resume.", "", "Name its folder with --output, or start without --resume.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _check_precision(settings: TrainSettings, device: torch.device) -> None:
+    if settings.precision == "fp16" and device.type == "cpu":
+        raise Problem("--precision fp16 needs a GPU.", "CPUs have no fast half-precision arithmetic and no loss scaling here.",
+                      "Use --precision fp32 or bf16.")
+
+
+def _class_pictures(settings: TrainSettings, method: Method, base: Base, console: Console) -> tuple[list[Any], float]:
+    """Class pictures for prior preservation, the user's or rendered by the untouched base; and the seconds they took."""
+    if settings.prior != "images":
+        return [], 0.0
+    if settings.class_dir:
+        return data.own_class_images(settings.class_dir, settings.max_pixels), 0.0
+    started = time.perf_counter()
+    sampler = {"steps": settings.class_steps, "guidance": settings.class_guidance, "size": settings.resolution, "sampler": "dpm++"}
+    cache = Path(os.environ.get("FINETUNE_CACHE", "~/.cache/finetune")).expanduser() / "class-images"
+
+    def draw(prompts: list[str], seeds: list[int]) -> list[Any]:
+        return render(base, prompts, seeds, steps=settings.class_steps, guidance=settings.class_guidance, size=settings.resolution)
+
+    with Meter(console, "class pictures", settings.class_images) as meter:
+        pictures = data.class_images(cache, method.class_prompt, settings.class_images, settings.seed, base.hash, sampler, draw,
+                                     lambda done, count: meter.to(done))
+    return pictures, time.perf_counter() - started
+
+
+def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, source: Any, accelerator: Accelerator, state: State,
+           console: Console) -> tuple[float, bool]:
+    """All steps with logging, validation, previews and checkpoints; (seconds inside steps, whether the end was reached)."""
+    spent = next((line["seconds"] for line in reversed(runs.read_metrics(folder)) if "seconds" in line), 0.0)
+    values = settings.model_dump(mode="json")
+    if state.step == 0 and settings.validate_every:
+        runs.append_metrics(folder, step=0, validation_loss=validation_loss(base, method, source, settings))
+    losses: list[torch.Tensor] = []
+    with _interrupts() as interrupted, Meter(console, method.name, settings.steps, state.step) as meter:
+        for progress in fit(base, method, source, settings, accelerator, state):
+            spent += progress.seconds
+            losses.append(progress.loss)
+            last = state.step == settings.steps
+            if state.step % settings.log_every == 0 or last:
+                _log(folder, progress, losses, spent)
+                meter.to(state.step, loss=float(torch.stack(losses).mean()))
+                losses.clear()
+            if settings.validate_every and (state.step % settings.validate_every == 0 or last):
+                runs.append_metrics(folder, step=state.step, validation_loss=validation_loss(base, method, source, settings))
+            if settings.preview_every and (state.step % settings.preview_every == 0 or last):
+                _preview(folder, settings, method, base, state.step)
+            stop = interrupted() and not last
+            if stop or settings.checkpoint_every and state.step % settings.checkpoint_every == 0:
+                checkpoint.save(folder, state, values, settings.keep_checkpoints)
+            if stop:
+                return spent, False
+    return spent, True
+
+
+def _log(folder: Path, progress: Progress, losses: list[torch.Tensor], spent: float) -> None:
+    """One line of metrics: the mean loss since the last line, and the sums so far."""
+    norm = None if progress.grad_norm is None else float(progress.grad_norm)
+    runs.append_metrics(folder, step=progress.step, loss=float(torch.stack(losses).mean()), learning_rate=progress.learning_rate,
+                        grad_norm=norm, seconds=round(spent, 4))
+
+
+def _preview(folder: Path, settings: TrainSettings, method: Method, base: Base, step: int) -> None:
+    """Pictures of the preview prompts, from draws of their own, so that training is not disturbed."""
+    prompts = settings.preview_prompt or [data.fill(method.templates()[0], method.subject)]
+    seeds = [draws.key(settings.seed, "preview", number) for number in range(len(prompts))]
+    small = base.family == "toybox"
+    state = torch.get_rng_state()
+    with method.exported():
+        pictures = render(base, prompts, seeds, steps=25, guidance=4.0 if small else 7.5, size=settings.resolution)
+    torch.set_rng_state(state)
+    for number, picture in enumerate(pictures):
+        with runs.atomic_path(folder / "previews" / f"{step:07d}-{number}.png") as temporary:
+            picture.save(temporary)
+
+
+def _export(folder: Path, settings: TrainSettings, method: Method, base: Base, intake: Any) -> None:
+    """Artifact into a temporary folder, then in place of the old one; artifact.json says what the files are."""
+    metadata = {"finetune.method": method.name, "finetune.base": base.name, "finetune.base_hash": base.hash,
+                "finetune.prediction_type": base.prediction, "finetune.steps": str(settings.steps), "finetune.seed": str(settings.seed),
+                "finetune.trigger": method.subject, "finetune.class_noun": method.noun, "finetune.resolution": str(settings.resolution),
+                "finetune.pictures": str(len(intake.pictures)), "finetune.licence": "that of the base model",
+                "finetune.versions": ", ".join([f"finetune {finetune.__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)])}
+    fresh, target = folder / ".artifact.part", folder / "artifact"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    method.export(base, fresh, metadata)
+    files = [path for path in sorted(fresh.rglob("*")) if path.is_file()]
+    runs.write_json(fresh / "artifact.json", {
+        "method": method.name, "trigger": method.subject, "class_noun": method.noun, "metadata": metadata,
+        "files": [{"file": str(path.relative_to(fresh)), "bytes": path.stat().st_size, "sha256": runs.sha256(path)} for path in files]})
+    if target.exists():
+        target.rename(folder / ".artifact.old")
+    fresh.rename(target)
+    runs.sync_folder(folder)
+    shutil.rmtree(folder / ".artifact.old", ignore_errors=True)
+
+
+def _manifest(settings: TrainSettings, method: Method, base: Base, intake: Any) -> dict[str, Any]:
+    """What is known before the first step."""
+    return {
+        "finetune": finetune.__version__, "method": method.name, "title": method.title, "paper": method.paper, "row": Path(settings.output).name, "status": "running",
+        "model": {"name": base.name, "family": base.family, "hash": base.hash, "prediction": base.prediction},
+        "subject": method.subject, "class_noun": method.noun, "instance_prompt": data.fill(method.templates()[0], method.subject),
+        "steps": settings.steps, "batch_size": settings.batch_size, "pictures_seen": settings.steps * settings.batch_size * settings.accumulate,
+        "pictures": [{"file": picture.file, "sha256": picture.sha256, "note": picture.note} for picture in intake.pictures],
+        "skipped": [{"file": str(file), "reason": reason} for file, reason in intake.skipped],
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "device": str(base.device), "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(["finetune", *sys.argv[1:]]),
+    }
+
+
+def _close(folder: Path, manifest: dict[str, Any], state: State, seconds: dict[str, float], console: Console) -> None:
+    """The manifest with what the run cost and left."""
+    made = runs.read_json(folder / "artifact" / "artifact.json")
+    size = sum(entry["bytes"] for entry in made["files"])
+    memory = torch.cuda.max_memory_allocated() if manifest["device"].startswith("cuda") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    manifest |= {"status": "finished", "trainable_parameters": sum(value.numel() for value in state.parameters.values()),
+                 "seconds": {key: round(value, 4) for key, value in seconds.items()}, "peak_memory_bytes": memory,
+                 "artifact": {"bytes": size, "files": made["files"], "trigger": made["trigger"]},
+                 "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+    runs.write_json(folder / "manifest.json", manifest)
+    console.print(f"[bold]{folder / 'artifact'}[/bold]  {size:,} bytes, {seconds['training']:.0f} s of training, "
+                  f"peak memory {memory / 2**20:,.0f} MiB")
+
+
+@contextlib.contextmanager
+def _finish_on_failure(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
+    """A run that fails says so in its manifest."""
+    try:
+        yield
+    except BaseException as error:
+        runs.write_json(folder / "manifest.json", manifest | {"status": "failed", "reason": str(error) or type(error).__name__})
+        raise
+
+
+def _note_stop(folder: Path, manifest: dict[str, Any], state: State, console: Console) -> None:
+    runs.write_json(folder / "manifest.json", manifest | {"status": "interrupted", "step": state.step})
+    console.print(f"Stopped after step {state.step}; a checkpoint is in {folder}. Go on with the same command and "
+                  f"[bold]--output {folder} --resume[/bold].", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Any]:
+    """SIGINT and SIGTERM end the run after the current step; a second one ends at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are not ours to take
+        before = {}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
