@@ -206,6 +206,21 @@ def test_other_files_are_refused(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors", {"finetune.format": "hypernetwork", "finetune.format_version": "3"})
     with pytest.raises(Problem, match="version '3'; this finetune reads up to 2"):
         hypernetwork.read(tmp_path / "x.safetensors")
+    file = make(widths=(12,))
+    for damage, message in [({"sizes": [8]}, r"lists the sizes \[8\]"), ({"layer_structure": [1, 3, 1]}, "settings ask for")]:
+        hypernetwork.write_safetensors(tmp_path / "hyp.safetensors", file, {})
+        header = read_header(tmp_path / "hyp.safetensors")
+        config = json.loads(header.metadata["hypernetwork_config"]) | damage
+        save_file(load_file(tmp_path / "hyp.safetensors"), tmp_path / "x.safetensors", header.metadata | {"hypernetwork_config": json.dumps(config)})
+        with pytest.raises(Problem, match=message):
+            hypernetwork.read(tmp_path / "x.safetensors")
+    for content in ({12: 3}, {12: ({}, {}, {})}):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(Problem, match="no pair of networks for width 12"):
+            hypernetwork.read(tmp_path / "x.pt")
+    torch.save({12: ({"linear.0.gain": torch.ones(1)}, {})}, tmp_path / "x.pt")
+    with pytest.raises(Problem, match="entry 'linear.0.gain'"):
+        hypernetwork.read(tmp_path / "x.pt")
     torch.save({"768": ({}, {})}, tmp_path / "x.pt")
     with pytest.raises(Problem, match="whole numbers as keys"):
         hypernetwork.read(tmp_path / "x.pt")

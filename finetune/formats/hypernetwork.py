@@ -4,7 +4,7 @@ A network f of a role is applied where a UNet attention layer builds that role's
 `v = to_v(c + m f(c))`, and, beyond the web UI, `q = to_q(h + m f(h))`. Networks are shared by all layers of one width.
 
 safetensors form: tensors `hypernet.WIDTH.k|v|q.linear.N.weight|bias`, metadata `finetune.format` = "hypernetwork",
-`finetune.format_version`, and `hypernetwork_config` = JSON of the `.pt`'s text entries plus `sizes`, `transform`, `scope`.
+`finetune.format_version`, and `hypernetwork_config` = JSON of the `.pt`'s text entries, `sizes`, `transform`, `scope`.
 Version 1 holds key and value networks. Any other set of roles is version 2, so that a reader of version 1 refuses it
 instead of applying half of it.
 """
@@ -12,6 +12,7 @@ instead of applying half of it.
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ from finetune.formats.tensors import load_tensors, save_tensors
 
 ROLES = {"key": "k", "value": "v", "query": "q"}
 _ROLE_OF = {letter: role for role, letter in ROLES.items()}
+_INNER_NAME = re.compile(r"linear\.\d+\.(?:weight|bias)")
+_TENSOR_NAME = re.compile(rf"hypernet\.(\d+)\.([kvq])\.({_INNER_NAME.pattern})")
 NEWEST_VERSION = 2
 StateDict = Mapping[str, torch.Tensor]
 
@@ -254,13 +257,21 @@ def _read_safetensors(path: Path) -> HypernetworkFile:
             "A newer version may compute something this one cannot.",
             "Update finetune.",
         )
-    config = json.loads(metadata["hypernetwork_config"])
+    config = json.loads(metadata.get("hypernetwork_config", "{}"))
     networks: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        _, width, letter, inner = key.split(".", 3)
-        networks.setdefault((int(width), _ROLE_OF[letter]), {})[inner] = tensor
-    order = [(width, role) for width in config["sizes"] for role in ROLES if (width, role) in networks]
-    ordered = {place: _numeric(networks[place]) for place in order}
+        match = _TENSOR_NAME.fullmatch(key)
+        if match is None:
+            raise _strange_key(path, key)
+        networks.setdefault((int(match[1]), _ROLE_OF[match[2]]), {})[match[3]] = tensor
+    order = [(width, role) for width in config.get("sizes", []) for role in ROLES if (width, role) in networks]
+    if set(order) != set(networks):
+        raise Problem(
+            f"{path} lists the sizes {config.get('sizes')}, but holds networks for {sorted(networks)}.",
+            "Its settings and its weights do not belong together.",
+            "Export it again.",
+        )
+    ordered = {place: _numeric(path, networks[place]) for place in order}
     return without_dropout(_file(ordered, config, path, metadata))
 
 
@@ -275,21 +286,38 @@ def _read_webui(path: Path) -> HypernetworkFile:
         )
     networks = {}
     for width, pair in pairs.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(state, Mapping) for state in pair):
+            raise Problem(
+                f"{path} holds no pair of networks for width {width}.",
+                "The web UI's file has one (key, value) pair of state dicts for each width.",
+                "It is damaged or of another kind.",
+            )
         for role, state in zip(("key", "value"), pair, strict=True):
-            networks[width, role] = _numeric({_modern(key): tensor for key, tensor in state.items()})
+            networks[width, role] = _numeric(path, {_modern(key): tensor for key, tensor in state.items()})
     told = {key: value for key, value in content.items() if isinstance(key, str)}
     return without_dropout(_file(networks, told, path, {}))
 
 
-def _modern(key: str) -> str:
+def _modern(key: Any) -> str:
     """linear1.weight and linear2.weight of the first files mean linear.0 and linear.1."""
-    return key.replace("linear1.", "linear.0.", 1).replace("linear2.", "linear.1.", 1)
+    return str(key).replace("linear1.", "linear.0.", 1).replace("linear2.", "linear.1.", 1)
 
 
-def _numeric(state: StateDict) -> dict[str, torch.Tensor]:
+def _numeric(path: Path, state: StateDict) -> dict[str, torch.Tensor]:
     """Keys by module number, weight before bias."""
+    for key, tensor in state.items():
+        if _INNER_NAME.fullmatch(key) is None or not isinstance(tensor, torch.Tensor):
+            raise _strange_key(path, key)
     order = sorted(state, key=lambda key: (int(key.split(".")[1]), key.endswith("bias")))
     return {key: state[key] for key in order}
+
+
+def _strange_key(path: Path, key: str) -> Problem:
+    return Problem(
+        f"{path} has the entry {key!r}, which no hypernetwork has.",
+        "Networks consist of tensors named linear.N.weight and linear.N.bias.",
+        "It is damaged or of another kind.",
+    )
 
 
 def _file(

@@ -23,7 +23,8 @@ def describe_lora(report: Report, header: Header) -> None:
     layouts = {layout_of(key)[0] for key in header.tensors if key not in ignored}
     report.kind, report.layout = "lora", " and ".join(sorted(layouts))
     names = {key: _name(report, key) for key in groups}
-    report.modules = dict(Counter(name.partition(".")[0] for name in names.values()))
+    counts = Counter(name.partition(".")[0] for name in names.values())
+    report.modules = {part: counts[part] for part in lora_names.COMPONENTS if part in counts}
     report.ranks = sorted({parts["down"].shape[0] for parts in groups.values() if "down" in parts})
     _alphas(report, header, groups)
     report.family = family_of_width(_context_width(names, groups), header.metadata)

@@ -126,7 +126,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         alphas = ", ".join(f"{alpha:g}" for alpha in report.alphas) or "none stored (equal to the rank)"
         yield "rank", f"{', '.join(map(str, report.ranks))}; alpha {alphas}"
     if report.modules:
-        yield "contents", ", ".join(f"{name} {count:,}" for name, count in report.modules.items())
+        unit = "modules" if report.ranks else "parameters"
+        yield "contents", ", ".join(f"{name} {count:,} {unit}" for name, count in report.modules.items())
     if report.vectors:
         yield "vectors", f"{report.vectors} of width {report.width}"
     yield from report.settings.items()
