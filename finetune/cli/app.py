@@ -26,6 +26,13 @@ class LazyGroup(TyperGroup):
         """Import and build one verb; an unknown name is refused with the nearest one."""
         return command(find(cmd_name))
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb. The parser would turn an interruption into an exit code without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Exit(failures.tell(error, debug=False)) from error
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Called by the parser for --help."""
         from finetune.cli.help import group_help

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
@@ -11,9 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from finetune import runs
-from finetune.cli import processes
+from finetune.cli import processes, quiet
 from finetune.cli.compare_settings import CompareSettings
-from finetune.cli.evaluate import judge_and_show, sampler_of, suite_of_settings
+from finetune.cli.evaluate import check, judge_and_show, judge_of, sampler_of, suite_of_settings
+from finetune.cli.failures import UNEXPECTED
 from finetune.cli.rows import Row, plan, recipe_text, same, unfair
 from finetune.errors import Problem
 from finetune.model import family_of
@@ -29,6 +29,7 @@ def run(settings: CompareSettings, console: Console) -> None:
     family = family_of(settings.model)
     rows = plan(settings, family_of)
     pictures = pictures_of(rows[0], settings.output)
+    check(settings, family, settings.class_noun)
     announce(settings, rows, pictures, console)
     finished, failed = [], {}
     todo = todos(settings, rows, pictures)
@@ -52,14 +53,7 @@ def run(settings: CompareSettings, console: Console) -> None:
     for name, trouble in failed.items():
         console.print(f"[bold red]Failed:[/] {name}: {escape(trouble)}", soft_wrap=True)
     if failed:
-        raise typer.Exit(failures_code())
-
-
-def failures_code() -> int:
-    """Exit code of a comparison that lacks rows."""
-    from finetune.cli.failures import UNEXPECTED
-
-    return UNEXPECTED
+        raise typer.Exit(UNEXPECTED)
 
 
 def pictures_of(row: Row, output: Path) -> list[dict[str, str]]:
@@ -121,6 +115,7 @@ def hash_of(model: str) -> str:
     """Hash of the base as the runs' manifests hold it."""
     from finetune.model import load
 
+    quiet.libraries()
     return load(model).hash
 
 
@@ -144,7 +139,3 @@ def write_comparison(settings: CompareSettings, family: str, rows: list[Row], fa
         "judge": judge_of(settings), "sampler": sampler_of(settings, family),
     })
 
-
-def judge_of(settings: CompareSettings) -> dict[str, Any]:
-    """Which judges were asked for; empty means the packaged ones."""
-    return {key: value for key in ("clip", "encoder") if (value := getattr(settings, key)) is not None}

@@ -32,9 +32,11 @@ class EvaluationSettings(RunSettings):
                                         group="evaluation", ge=1)
     guidance: float | None = setting(None, "guidance scale of evaluation pictures [default: 4 for toybox, else 7.5]",
                                      group="evaluation", ge=0)
-    clip: str | None = setting(None, "CLIP model that judges: a folder or hub id [default: the packaged judge]", group="evaluation")
+    judge: str | None = setting(
+        None, "toybox, or a folder with clip/ and encoder/ [default: toybox on toybox, else --clip and --encoder]", group="evaluation")
+    clip: str | None = setting(None, "CLIP that judges: a folder or hub id [default: the judge's]", group="evaluation")
     encoder: str | None = setting(
-        None, "self-supervised image encoder that judges: a folder or hub id [default: the packaged judge]", group="evaluation")
+        None, "self-supervised image encoder that judges: a folder or hub id [default: the judge's]", group="evaluation")
 
 
 Pictures = create_model("Pictures", __base__=EvaluationSettings, **reuse(TrainSettings, SHARED))

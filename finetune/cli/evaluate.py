@@ -8,10 +8,13 @@ from typing import Any
 from rich.console import Console
 
 from finetune import runs
+from finetune.cli import quiet
 from finetune.cli import report as report_verb
 from finetune.cli.compare_settings import EvaluationSettings
 from finetune.cli.generate import OTHERS, SAMPLING
 from finetune.settings import setting
+
+JUDGES = ("judge", "clip", "encoder")
 
 
 class Settings(EvaluationSettings):
@@ -34,7 +37,7 @@ def run(settings: Settings, console: Console) -> None:
     for key, name in (("sampler_steps", "steps"), ("guidance", "guidance")):
         if key in given:
             comparison["sampler"][name] = getattr(settings, key)
-    for key in ("clip", "encoder"):
+    for key in JUDGES:
         if key in given:
             comparison["judge"][key] = getattr(settings, key)
     runs.write_json(path, comparison)
@@ -45,10 +48,26 @@ def judge_and_show(folder: Path, console: Console) -> None:
     """Render base and rows, score them, write the report, print the table."""
     from finetune import evaluation
 
+    quiet.libraries()
     console.rule("Evaluation", style="dim")
     evaluation.render_comparison(folder, console)
     evaluation.score(folder)
     report_verb.show(folder, console)
+
+
+def check(settings: EvaluationSettings, family: str, class_noun: str) -> None:
+    """Refuse an unknown suite or a judge that is not to be had, before anything trains."""
+    from finetune import evaluation
+
+    asked = suite_of_settings(settings)
+    evaluation.suite(family, class_noun, asked["name"], seeds=asked.get("seeds"))
+    quiet.libraries()
+    evaluation.open_judge(family, settings.judge, settings.clip, settings.encoder)
+
+
+def judge_of(settings: EvaluationSettings) -> dict[str, str]:
+    """Which judges were asked for; empty means the family's own."""
+    return {key: value for key in JUDGES if (value := getattr(settings, key)) is not None}
 
 
 def suite_of_settings(settings: EvaluationSettings) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def tell(error: BaseException, debug: bool) -> int:
     if debug and not isinstance(error, KeyboardInterrupt):
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
-        block([("Stopped", "interrupted from the keyboard.")])
+        block([("Stopped", "interrupted.")])
         return INTERRUPTED
     if isinstance(error, Problem):
         block([("Problem", error.what), ("Why", error.why), ("Fix", error.fix)])

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from finetune import __version__, runs
+from finetune.cli import quiet
 from finetune.errors import Problem
 from finetune.settings import RunSettings, setting
 
@@ -82,6 +83,7 @@ def load(settings: Settings, strengths: list[float]) -> tuple[Any, list[str | No
             raise Problem(f"There is no artifact at {path}.", "", "Name the `artifact` folder of a run, or a file in it.")
     import torch
 
+    quiet.libraries()
     from finetune.methods import load_artifact
     from finetune.model import load as load_base
     from finetune.model.base import pick_device

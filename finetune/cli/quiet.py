@@ -35,3 +35,12 @@ def hush() -> None:
         os.environ.setdefault(name, value)
     for message, module in WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=module)
+
+
+def libraries() -> None:
+    """Switch off the bars that flash by while weights are read from disk; downloads keep theirs."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from finetune import runs
+from finetune.cli import quiet
 from finetune.cli.failures import INTERRUPTED
 from finetune.methods import get
 
@@ -22,6 +23,7 @@ def run(settings: Any, console: Console) -> None:
     """Train. A run that was interrupted has saved its checkpoint and said so; the exit code tells it as well."""
     from finetune.training import train
 
+    quiet.libraries()
     folder = train(settings, console)
     if runs.read_json(folder / "manifest.json")["status"] == "interrupted":
         raise typer.Exit(INTERRUPTED)
