@@ -35,9 +35,14 @@ def build(widths: tuple[int, int, int] = (24, 48, 64), scaling_factor: float = 1
     )
 
 
-def to_model(pixels: np.ndarray | Tensor) -> Tensor:
+def to_model(pixels: np.ndarray) -> Tensor:
     """uint8 pixels to floats in [-1, 1]."""
-    return torch.as_tensor(np.asarray(pixels)).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pixels)).float() / 127.5 - 1
+
+
+def to_pixels(pictures: Tensor) -> np.ndarray:
+    """Floats in [-1, 1] back to uint8 pixels."""
+    return ((pictures.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).contiguous().numpy()
 
 
 def reconstruction_loss(pred: Tensor, target: Tensor) -> Tensor:
@@ -123,6 +128,16 @@ def measure(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 50) -> float:
         target = to_model(pixels[start : start + batch])
         scores.append(psnr(vae.decode(vae.encode(target).latent_dist.mode()).sample, target))
     return float(np.mean(scores))
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 50) -> np.ndarray:
+    """uint8 pictures through the autoencoder and back to uint8."""
+    parts = []
+    for start in range(0, len(pixels), batch):
+        pictures = vae.decode(vae.encode(to_model(pixels[start : start + batch])).latent_dist.mode()).sample
+        parts.append(to_pixels(pictures))
+    return np.concatenate(parts)
 
 
 @torch.no_grad()
