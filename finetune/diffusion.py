@@ -66,10 +66,11 @@ def weighted_loss(pred: Tensor, wanted: Tensor, weights: Tensor, normalizer: flo
     """Squared error per row, then weights, then the sum over rows divided by `normalizer`.
 
     Args:
-        pred, wanted: (B, C, H, W), compared in float32.
+        pred, wanted: (B, C, H, W), compared in float32 or, where they come in it, float64.
         weights: (B,) factor per row (prior weight x SNR weight x mask share).
         normalizer: the number of *instance* rows, so that adding class rows of weight 1 adds their mean loss
             (the L = L_instance + lambda L_class of Ruiz et al. 2023, eq. 2) instead of diluting the instance term.
     """
-    per_row = (pred.float() - wanted.float()).pow(2).flatten(1).mean(1)
+    dtype = torch.promote_types(pred.dtype, torch.float32)
+    per_row = (pred.to(dtype) - wanted.to(dtype)).pow(2).flatten(1).mean(1)
     return (per_row * weights.to(per_row)).sum() / normalizer

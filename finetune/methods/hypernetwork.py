@@ -119,8 +119,9 @@ class Patch:
                     tuple(value._version for value in network.parameters()))
             seen = self._seen.get(key)
             if seen is None or seen[0][0] is not mark[0] or seen[0][1:] != mark[1:]:
-                # the web UI evaluates in float32 and casts back
-                seen = (mark, (x.float() + self.strength * network(x.float())).to(x.dtype))
+                # the web UI evaluates in the networks' float32 and casts back
+                wide = x.to(next(network.parameters()).dtype)
+                seen = (mark, (wide + self.strength * network(wide)).to(x.dtype))
                 self._seen[key] = seen
             return (seen[1], *arguments[1:])
 

@@ -46,7 +46,7 @@ def lines(settings: TrainSettings, method: Method, base: Base, intake: Any, clas
         found.append(("LoRA scale", f"alpha {method.alpha:g} / rank {settings.rank} = {method.alpha / settings.rank:g}"))
     found.append(("learning rate", f"{settings.learning_rate:g}, {settings.schedule}, warm-up {settings.warmup} steps, {settings.optimizer}"))
     each = seen / max(1, len(intake.pictures))
-    found.append(("will see", f"{seen:,} pictures in {settings.steps:,} steps of {settings.batch_size * settings.accumulate}: each picture {each:.0f} times"))
+    found.append(("will see", f"{seen:,} pictures in {settings.steps:,} steps of {settings.batch_size * settings.accumulate}: each picture {each:.3g} times"))
     found.append(("artifact", f"{method.expected_bytes(base):,} bytes of weights to {settings.output}/artifact"))
     if state.step:
         found.append(("resumed", f"after step {state.step}"))
