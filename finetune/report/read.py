@@ -1,0 +1,272 @@
+"""What a comparison folder says, read from its files alone and forgiving about what is missing.
+
+    OUT/comparison.json, OUT/scores.json        what was compared, and how it scored
+    OUT/ROW/manifest.json, settings.json, metrics.jsonl, artifact/    one run
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune import runs
+from finetune.errors import Problem
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean with its 95 % interval; the bounds are None where no interval could be formed."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table. `better` is "higher" or "lower"; `kind` is "score" or "cost"."""
+
+    key: str
+    title: str
+    better: str
+    help: str
+    kind: str = "score"
+    decimals: int = 2
+
+    @property
+    def short(self) -> str:
+        """The title without the encoder's name: "CLIP-I" of "CLIP-I (ViT-B/32)"."""
+        return self.title.partition(" (")[0]
+
+    @property
+    def encoder(self) -> str:
+        """The encoder's name in the title, where it has one."""
+        return self.title.partition(" (")[2].removesuffix(")")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A paired comparison on the same prompts and seeds: difference = mean(a) - mean(b)."""
+
+    metric: str
+    a: str
+    b: str
+    difference: float
+    low: float
+    high: float
+    decided: bool
+
+    def turned(self) -> Pair:
+        """The same comparison read from b to a."""
+        return Pair(self.metric, self.b, self.a, -self.difference, -self.high, -self.low, self.decided)
+
+    def negated(self) -> Pair:
+        """The gap in which positive means that a is better, where lower numbers are."""
+        return Pair(self.metric, self.a, self.b, -self.difference, -self.high, -self.low, self.decided)
+
+
+# Columns that come from the manifest: (key, title, path in the manifest, help). Smaller is better for all.
+_COSTS = (
+    ("training_seconds", "Training", "seconds.training", "Wall-clock seconds of the training loop, class pictures not included."),
+    ("seconds_per_step", "Per step", "seconds.per_step", "Seconds per optimizer step."),
+    ("peak_memory_bytes", "Peak memory", "peak_memory_bytes", "Largest memory in use while training."),
+    ("trainable_parameters", "Trained", "trainable_parameters", "Numbers the optimizer may change."),
+    ("artifact_bytes", "Artifact", "artifact.bytes", "Bytes of everything that was exported."),
+)
+COSTS = tuple(Column(key, title, "lower", help, "cost") for key, title, _, help in _COSTS)
+_COST_PATHS = {key: path for key, _, path, _ in _COSTS}
+
+
+@dataclass
+class Row:
+    """One row of the table: the untouched base, a method's run, or the real pictures. `kind`: "base", "method", "real"."""
+
+    row: str
+    title: str
+    kind: str
+    method: str = ""
+    subject: str = ""
+    folder: Path = Path()
+    scores: dict[str, Score] = field(default_factory=dict)
+    images: list[dict[str, Any]] = field(default_factory=list)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    failed: str = ""
+
+    def cost(self, key: str) -> float | None:
+        """A cost from the manifest by its column key, None where it was not measured."""
+        return _number(dig(self.manifest, _COST_PATHS[key]))
+
+    def value(self, column: Column) -> float | None:
+        """What stands in the table under `column`."""
+        if column.kind == "cost":
+            return self.cost(column.key)
+        found = self.scores.get(column.key)
+        return found.mean if found else None
+
+
+@dataclass
+class Comparison:
+    """Everything the tables, the plots, the verdict and the page are made of."""
+
+    folder: Path
+    info: dict[str, Any]
+    judge: dict[str, Any]
+    suite: dict[str, Any]
+    columns: list[Column]
+    rows: list[Row]
+    pairs: list[Pair]
+
+    def row(self, name: str) -> Row | None:
+        """A row by its name."""
+        return next((row for row in self.rows if row.row == name), None)
+
+    def column(self, key: str) -> Column | None:
+        """A column by its key."""
+        return next((column for column in self.columns if column.key == key), None)
+
+    @property
+    def runs(self) -> list[Row]:
+        """The methods' rows, failed ones included."""
+        return [row for row in self.rows if row.kind == "method"]
+
+    @property
+    def methods(self) -> list[Row]:
+        """The methods' rows that count: finished and not failed."""
+        return [row for row in self.runs if not row.failed]
+
+    @property
+    def fidelity(self) -> str | None:
+        """Key of the metric that stands for subject fidelity: the image encoder's, else CLIP's."""
+        return next((key for key in ("dino", "clip_i") if any(key in row.scores for row in self.rows)), None)
+
+    @property
+    def ceiling(self) -> float | None:
+        """How close the real pictures come to their nearest other real picture, where that was measured."""
+        real = self.row("real")
+        return real.scores["copy"].mean if real and "copy" in real.scores else None
+
+    def seeds_of(self, kind: str) -> int:
+        """Pictures of each prompt of a kind."""
+        counts = self.suite.get("seeds_per_prompt") or {}
+        return counts.get(kind) or len(self.suite.get("seeds") or [])
+
+    def pair(self, metric: str, a: str, b: str) -> Pair | None:
+        """The paired comparison of rows a and b, read as a minus b."""
+        for pair in self.pairs:
+            if pair.metric == metric and {pair.a, pair.b} == {a, b}:
+                return pair if pair.a == a else pair.turned()
+        return None
+
+    def ranked(self, column: Column) -> list[Row]:
+        """The methods that have a value under `column`, best first."""
+        found = [row for row in self.methods if row.value(column) is not None]
+        return sorted(found, key=lambda row: row.value(column), reverse=column.better == "higher")
+
+
+def read(folder: Path | str) -> Comparison:
+    """Read a comparison folder.
+
+    Raises:
+        Problem: there is no comparison.json in it.
+    """
+    folder = Path(folder)
+    if not (folder / "comparison.json").is_file():
+        raise Problem(f"There is no comparison in {str(folder)!r}.", "It has no comparison.json.",
+                      "Name the --output folder of a `finetune compare`.")
+    info = runs.read_json(folder / "comparison.json")
+    scores = _json(folder / "scores.json")
+    rows = _rows(folder, info, scores)
+    return Comparison(folder, info, {**info.get("judge", {}), **scores.get("judge", {})}, scores.get("suite") or {},
+                      _columns(scores, rows), rows, _pairs(scores))
+
+
+def dig(tree: Any, path: str) -> Any:
+    """`dig({"a": {"b": 1}}, "a.b")` is 1; None where the path ends early."""
+    for part in path.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _rows(folder: Path, info: dict, scores: dict) -> list[Row]:
+    """Base first, then the methods in the order of the comparison, the real pictures last."""
+    scored = {entry["row"]: entry for entry in scores.get("rows", [])}
+    planned = {entry["row"]: entry for entry in [*info.get("rows", []), *info.get("failed", [])]}
+    names = [name for name in [*planned, *scored] if name not in ("base", "real")]
+    found = []
+    for name in ["base", *dict.fromkeys(names), "real"]:
+        plan, entry = planned.get(name, {}), scored.get(name, {})
+        if not plan and not entry:
+            continue
+        kind = name if name in ("base", "real") else "method"
+        title = plan.get("title") or entry.get("title") or name
+        row = Row(name, title, kind, plan.get("method", name), plan.get("subject", ""), folder / plan.get("run", name))
+        row.scores, row.images = _scores(entry), entry.get("images") or []
+        if kind == "method":
+            _add_run(row, plan.get("error", ""))
+        found.append(row)
+    return found
+
+
+def _add_run(row: Row, error: str) -> None:
+    """Manifest, settings and metrics of a run; what went wrong, when something did. `error` is what the comparison noted."""
+    row.manifest = _json(row.folder / "manifest.json")
+    row.settings = _json(row.folder / "settings.json")
+    row.metrics = runs.read_metrics(row.folder)
+    if row.title == row.row:
+        row.title = row.manifest.get("title", row.row)
+    status = str(row.manifest.get("status", ""))
+    reason = next((str(row.manifest[key]) for key in ("reason", "error", "problem") if row.manifest.get(key)), "")
+    if error:
+        row.failed = error
+    elif not row.manifest:
+        row.failed = "" if row.scores else "not run: its folder has no manifest"
+    elif status.startswith("failed"):
+        row.failed = reason or status.removeprefix("failed").lstrip(" :") or "failed without a reason"
+    elif status not in ("finished", ""):
+        row.failed = f"not finished: its manifest says {status!r}" + (f", {reason}" if reason else "")
+
+
+def _scores(entry: dict) -> dict[str, Score]:
+    found = {}
+    for key, value in (entry.get("scores") or {}).items():
+        mean = _number(value.get("mean")) if isinstance(value, dict) else _number(value)
+        if mean is not None:
+            bounds = value if isinstance(value, dict) else {}
+            found[key] = Score(mean, _number(bounds.get("low")), _number(bounds.get("high")), bounds.get("n"))
+    return found
+
+
+def _columns(scores: dict, rows: list[Row]) -> list[Column]:
+    """The score columns that any row has a number for, then the costs that any run has."""
+    found = []
+    for entry in scores.get("columns", []):
+        present = [row.scores[entry["key"]] for row in rows if entry["key"] in row.scores]
+        if present:
+            # Two digits hide what a narrow interval shows: three when half of them are narrower than .03.
+            widths = sorted(one.high - one.low for one in present if one.low is not None and one.high is not None)
+            decimals = 3 if widths and widths[len(widths) // 2] < 0.03 else 2
+            found.append(Column(entry["key"], entry.get("title", entry["key"]), entry.get("better", "higher"),
+                                entry.get("help", ""), "score", decimals))
+    return found + [column for column in COSTS if any(row.cost(column.key) is not None for row in rows)]
+
+
+def _pairs(scores: dict) -> list[Pair]:
+    keys = ("difference", "low", "high")
+    return [Pair(entry["metric"], entry["a"], entry["b"], *(float(entry[key]) for key in keys), bool(entry.get("decided")))
+            for entry in scores.get("pairs", []) if all(_number(entry.get(key)) is not None for key in keys)]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return runs.read_json(path) if path.is_file() else {}
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
