@@ -77,9 +77,10 @@ def score(folder: Path, *, judge: str | None = None, clip: str | None = None, en
     rows = [row for row in comparison_rows(folder, comparison) if row[0] == BASE_ROW or (row[3] / "artifact").is_dir()]
     planned = [(name, title, place, asked.shots(subject, seed)) for name, title, subject, place in rows]
     _all_there(planned)
-    wanted = {**(comparison.get("judge") or {}), **{key: value for key, value in
-                                                    (("judge", judge), ("clip", clip), ("encoder", encoder)) if value}}
-    eyes = open_judge(comparison["family"], wanted.get("judge"), wanted.get("clip"), wanted.get("encoder"), pick_device(device or comparison.get("device", "auto")))
+    given = {"judge": judge, "clip": clip, "encoder": encoder}
+    wanted = {**(comparison.get("judge") or {}), **{key: value for key, value in given.items() if value}}
+    where = pick_device(device or comparison.get("device", "auto"))
+    eyes = open_judge(comparison["family"], wanted.get("judge"), wanted.get("clip"), wanted.get("encoder"), where)
     references = _references(comparison["instance_files"], eyes)
     seen = [_look(eyes, name, title, place, folder, shots) for name, title, place, shots in planned]
     plain = sorted({shot.plain for row in seen for shot in row.shots})
@@ -138,8 +139,9 @@ def paired(values: Mapping[str, Mapping[str, np.ndarray]], seed: int) -> list[di
         flat = {name: values[name][metric].reshape(len(values[name][metric]), -1).mean(axis=1) for name in rows}
         tests = [(a, b, statistics.paired_difference(flat[a], flat[b], seed)) for a, b in combinations(rows, 2)]
         adjusted = statistics.holm([test.p for _, _, test in tests])
-        found += [{"metric": metric, "a": a, "b": b, "difference": _round(test.difference), "low": _round(test.low), "high": _round(test.high),
-                   "p": _round(p), "n": test.n, "decided": p <= ALPHA} for (a, b, test), p in zip(tests, adjusted, strict=True)]
+        found += [{"metric": metric, "a": a, "b": b, "difference": _round(test.difference), "low": _round(test.low),
+                   "high": _round(test.high), "p": _round(p), "n": test.n, "decided": p <= ALPHA}
+                  for (a, b, test), p in zip(tests, adjusted, strict=True)]
     return found
 
 
@@ -158,7 +160,8 @@ def _references(files: list[str], judge: Judge) -> References:
         try:
             picture = decode(Path(file), MAX_PIXELS)[0]
         except Unreadable as error:
-            raise Problem(f"The real picture {file} cannot be read.", f"{error}.", "Put it back, or correct instance_files in comparison.json.") from error
+            raise Problem(f"The real picture {file} cannot be read.", f"{error}.",
+                          "Put it back, or correct instance_files in comparison.json.") from error
         pictures.append(cut(picture, min(picture.size), (0.5, 0.5)))
     if not pictures:
         raise Problem("The comparison names no real pictures.", "Fidelity is similarity to them.", "Give instance_files in comparison.json.")

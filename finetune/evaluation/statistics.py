@@ -194,11 +194,13 @@ def _t_share(t: float, freedom: int) -> float:
     return 0.5 + inside / 2
 
 
+@functools.lru_cache(maxsize=16)
 def _counts(n: int, resamples: int, seed: int, stream: str) -> Array:
     """How often each of n clusters is drawn in each resample, (B, n). The same for every row: common random numbers."""
     drawn = draws.integers(0, n, resamples * n, seed, "bootstrap", stream, n).numpy().reshape(resamples, n)
     counts = np.zeros((resamples, n))
     np.add.at(counts, (np.arange(resamples)[:, None], drawn), 1.0)
+    counts.setflags(write=False)  # shared by every caller
     return counts
 
 
