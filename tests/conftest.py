@@ -26,8 +26,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Builds tiny bases: `make_model(prediction="v_prediction", seed=1)` -> diffusers folder, the same for the same seed."""
 
-    def build(prediction: str = "epsilon", seed: int = 0) -> Path:
-        return write_tiny_model(tmp_path_factory.mktemp("base") / f"tiny-{prediction}", prediction, seed)
+    def build(prediction: str = "epsilon", seed: int = 0, width: int = 48) -> Path:
+        return write_tiny_model(tmp_path_factory.mktemp("base") / f"tiny-{prediction}", prediction, seed, width)
 
     return build
 
@@ -42,6 +42,12 @@ def tiny_model(make_model: Callable[..., Path]) -> Path:
 def tiny_v_model(make_model: Callable[..., Path]) -> Path:
     """The same with v-prediction. Do not write into it."""
     return make_model("v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A judge folder (clip/ and encoder/) with tiny random networks of the toybox judge's kind."""
+    return write_tiny_judge(tmp_path_factory.mktemp("judge"))
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +66,7 @@ def pictures_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_tiny_model(folder: Path, prediction: str, seed: int) -> Path:
+def write_tiny_model(folder: Path, prediction: str, seed: int, width: int) -> Path:
     """Write a diffusers folder with seeded random weights, in under a second once the libraries are imported."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -73,13 +79,13 @@ def write_tiny_model(folder: Path, prediction: str, seed: int) -> Path:
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
             sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
-            cross_attention_dim=48, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+            cross_attention_dim=width, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
         vae = AutoencoderKL(
             sample_size=32, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.9)
         text_encoder = CLIPTextModel(CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length, projection_dim=48, bos_token_id=tokenizer.bos_token_id,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1, prediction_type=prediction)
@@ -91,4 +97,27 @@ def write_tiny_model(folder: Path, prediction: str, seed: int) -> Path:
              "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None], "feature_extractor": [None, None],
              "requires_safety_checker": False}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return folder
+
+
+def write_tiny_judge(folder: Path) -> Path:
+    """Write seeded random networks where `open_judge` looks for them."""
+    import torch
+    from transformers import CLIPTextConfig, ResNetConfig, ResNetModel
+
+    from finetune.model.dual_encoder import DualEncoder
+    from finetune.toybox import tokenizer as toybox_tokenizer
+
+    tokenizer = toybox_tokenizer.build()
+    look = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    read = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                          max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id,
+                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        DualEncoder(look, read, 10, image_size=32).save_folder(folder / "clip")
+        ResNetModel(look).save_pretrained(folder / "encoder")
+    toybox_tokenizer.save(tokenizer, folder / "clip")
+    plain = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": 32, "width": 32}}
+    (folder / "encoder" / "preprocessor_config.json").write_text(json.dumps(plain), encoding="utf-8")
     return folder

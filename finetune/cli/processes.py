@@ -24,9 +24,8 @@ def train(method: str, recipe: Path, *flags: str) -> str | None:
 
     Returns: None when it succeeded, else one line saying what went wrong.
     """
-    command = [sys.executable, "-m", "finetune", method, "--recipe", str(recipe), *flags]
     sys.stdout.flush()
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", bufsize=1)
+    child = subprocess.Popen(command(method, recipe, *flags), stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", bufsize=1)
     said: list[str] = []
     reader = threading.Thread(target=tee, args=(child.stderr, said), daemon=True)
     reader.start()
@@ -36,6 +35,11 @@ def train(method: str, recipe: Path, *flags: str) -> str | None:
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     return None if code == 0 else last_words(said, code)
+
+
+def command(method: str, recipe: Path, *flags: str) -> list[str]:
+    """The words that train one row."""
+    return [sys.executable, "-m", "finetune", method, "--recipe", str(recipe), *flags]
 
 
 @contextlib.contextmanager
