@@ -107,7 +107,7 @@ def same(found, wanted):
 @pytest.mark.parametrize("structure", [(1, 2, 1), (1.0, 1.5, 2, 1.0), (1, 2, 2, 2, 2, 2, 2, 1)])
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_both_forms_round_trip_bit_equal(tmp_path, structure, layer_norm):
-    file = make(structure=structure, layer_norm=layer_norm, scope="cross", note="a note")
+    file = make(structure=structure, layer_norm=layer_norm, scope="cross", note="a note", metadata={"finetune.trigger": "toy"})
     hypernetwork.write_safetensors(tmp_path / "hyp.safetensors", file, {"finetune.trigger": "toy"})
     hypernetwork.write_webui(tmp_path / "hyp.pt", file)
     stored = hypernetwork.read(tmp_path / "hyp.safetensors")
@@ -116,6 +116,7 @@ def test_both_forms_round_trip_bit_equal(tmp_path, structure, layer_norm):
     hypernetwork.write_webui(tmp_path / "again/hyp.pt", stored)
     same(hypernetwork.read(tmp_path / "again/hyp.pt"), file)
     assert stored.metadata["finetune.trigger"] == "toy"
+    assert hypernetwork.read(tmp_path / "hyp.pt").metadata == {"finetune.trigger": "toy"}
 
 
 def test_the_webui_file_is_what_its_readers_look_for(tmp_path):

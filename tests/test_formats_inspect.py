@@ -1,5 +1,6 @@
 """What `inspect` says about each kind of file, its speed, and that it never runs what a file contains."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -112,6 +113,10 @@ def test_hypernetworks_in_both_forms(tmp_path):
     assert dict(webui.readers)["Forge"] == "loads it and applies nothing"
     assert "silently does nothing" in dict(ours.readers)["ComfyUI"]
     assert webui.warnings == ours.warnings == []
+    damaged = {"hypernet.768.k.linear.0.weight": torch.zeros(3), "strange": torch.zeros(1)}
+    save_file(damaged, tmp_path / "x.safetensors", {"finetune.format": "hypernetwork"})
+    text = inspect(tmp_path / "x.safetensors").warnings
+    assert text == ["The tensors hypernet.768.k.* do not fit the file's own settings.", "The tensors strange* do not fit the file's own settings."]
 
 
 class Attack:
@@ -159,27 +164,44 @@ def test_our_own_folders_explain_each_file(tmp_path):
     artifact = tmp_path / "run/artifact"
     lora.write_kohya(artifact / "dog.safetensors", modules(), TOLD)
     lora.write_peft(artifact / "pytorch_lora_weights.safetensors", modules(), TOLD)
-    (artifact / "artifact.json").write_text(json.dumps({"method": "lora", "trigger": "sks dog"}))
+    digest = hashlib.sha256((artifact / "dog.safetensors").read_bytes()).hexdigest()
+    files = [{"file": "dog.safetensors", "sha256": digest}, {"file": "pytorch_lora_weights.safetensors", "sha256": "0"}, {"file": "gone.pt", "sha256": "0"}]
+    (artifact / "artifact.json").write_text(json.dumps({"method": "lora", "trigger": "sks dog", "metadata": TOLD, "files": files}))
     (tmp_path / "run/manifest.json").write_text(json.dumps({"status": "finished"}))
     (tmp_path / "run/settings.json").write_text(json.dumps({"method": "lora", "seed": 0}))
     report = inspect(tmp_path / "run")
     assert report.kind == "finetune-run" and report.settings["status"] == "finished" and report.trained_on["seed"] == "0"
     (inside,) = report.children
+    assert [child.trained_on for child in inside.children] == [{}, {}]  # the folder has said it
     assert inside.kind == "finetune-artifact" and inside.trigger == "sks dog"
     assert [child.layout for child in inside.children] == ["kohya", "peft"]
     assert ("    rank", "4; alpha 2") in lines(report)
+    assert inside.trained_on == {"base": "sd15", "steps": "300"}  # the run has said the method
+    assert inspect(artifact).trained_on == {"method": "lora", "base": "sd15", "steps": "300"}
+    assert inside.warnings == ["pytorch_lora_weights.safetensors was changed after finetune wrote it.", "artifact.json names gone.pt, which is not there."]
+
+
+def test_pefts_own_folder(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 4, "use_dora": True}))
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(8, 3)}, tmp_path / "unet/adapter_model.safetensors", TOLD)
+    (report,) = inspect(tmp_path).children
+    assert (report.kind, report.layout, report.ranks, report.alphas) == ("lora", "PEFT adapter folder: LORA with DoRA", [8], [4])
+    assert (report.parameters, report.trigger) == (24, "sks dog")
 
 
 def test_a_pipeline_folder_with_the_new_names_is_warned_about(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "X"], "vae": ["diffusers", "Y"]}))
     for part in ("unet", "text_encoder", "tokenizer", "scheduler"):
         (tmp_path / part).mkdir()
+    (tmp_path / "finetune.json").write_text(json.dumps(TOLD))
     (tmp_path / "unet/config.json").write_text(json.dumps({"cross_attention_dim": 1024}))
     (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps({"prediction_type": "v_prediction"}))
     (tmp_path / "tokenizer/tokenizer.json").write_text("{}")
     save_file({"encoder.x": torch.zeros(3)}, tmp_path / "text_encoder/model.safetensors")
     report = inspect(tmp_path)
     assert (report.kind, report.family.key, report.settings["predicts"], report.modules) == ("diffusers-folder", "sd2-v", "v_prediction", {"text_encoder": 3})
+    assert report.trigger == "sks dog" and report.trained_on["steps"] == "300"
     text = " ".join(report.warnings)
     for word in ("loads random weights", "no vocab.json", "no prompt length", "names vae"):
         assert word in text

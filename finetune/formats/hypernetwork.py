@@ -15,7 +15,6 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,120 +22,17 @@ import torch
 
 from finetune.errors import Problem
 from finetune.formats.families import family_of_width, modelspec
-from finetune.formats.hypernetwork_layers import ACTIVATIONS, expected_shapes, weight_indices
+from finetune.formats.hypernetwork_file import ROLES, HypernetworkFile, StateDict, check, context_width, without_dropout
+from finetune.formats.hypernetwork_layers import ACTIVATIONS
 from finetune.formats.pickles import load_restricted, save_legacy
 from finetune.formats.tensors import load_tensors, save_tensors
 
-ROLES = {"key": "k", "value": "v", "query": "q"}
 _ROLE_OF = {letter: role for role, letter in ROLES.items()}
 _INNER_NAME = re.compile(r"linear\.\d+\.(?:weight|bias)")
 _TENSOR_NAME = re.compile(rf"hypernet\.(\d+)\.([kvq])\.({_INNER_NAME.pattern})")
 NEWEST_VERSION = 2
-StateDict = Mapping[str, torch.Tensor]
 
-
-@dataclass(frozen=True)
-class HypernetworkFile:
-    """A hypernetwork as a file holds it.
-
-    Attributes:
-        networks: (width, "query" | "key" | "value") to a state dict `linear.N.weight|bias`. Width is that of the
-            network's input: text or hidden states for key and value, hidden states for query.
-        layer_structure: widths as multiples of the input's, first and last 1.
-        activation: one of the names both web UI and ComfyUI know, or any of torch's in lower case.
-        layer_norm: LayerNorm after every Linear.
-        activate_output: activation after the last Linear too.
-        dropout: probabilities the networks' numbering counts, as long as `layer_structure`; None for none. Files are
-            always written without dropout and renumbered.
-        scope: "cross" (text attention only) or "all" (every attention whose context has a known width).
-        name: the inner name; must equal the file's stem.
-        step: optimizer steps trained.
-        weight_init: "Normal", "XavierUniform", ... as A1111 spells them.
-        base_name: checkpoint trained on.
-        base_hash: its short hash.
-        note: A1111's `optional_info`.
-        metadata: text to text.
-    """
-
-    networks: Mapping[tuple[int, str], StateDict]
-    layer_structure: list[float] = field(default_factory=lambda: [1, 2, 1])
-    activation: str = "linear"
-    layer_norm: bool = False
-    activate_output: bool = True
-    dropout: list[float] | None = None
-    scope: str = "all"
-    name: str = ""
-    step: int = 0
-    weight_init: str = "Normal"
-    base_name: str | None = None
-    base_hash: str | None = None
-    note: str | None = None
-    metadata: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def widths(self) -> list[int]:
-        """Input widths, in file order."""
-        return list(dict.fromkeys(width for width, _ in self.networks))
-
-    @property
-    def transform(self) -> list[str]:
-        """Roles that have networks: any of "query", "key", "value"."""
-        present = {role for _, role in self.networks}
-        return [role for role in ("query", "key", "value") if role in present]
-
-    @property
-    def parameters(self) -> int:
-        """Elements of all networks."""
-        return sum(tensor.numel() for state in self.networks.values() for tensor in state.values())
-
-
-def without_dropout(file: HypernetworkFile) -> HypernetworkFile:
-    """The same networks numbered as if no dropout had been there, keys in numeric order.
-
-    ComfyUI leaves networks in training mode, so dropout written into a file would act while generating.
-
-    Raises:
-        Problem: when keys or shapes contradict the structure.
-    """
-    check(file)
-    shape = (file.layer_structure, file.activation, file.layer_norm, file.activate_output)
-    old, new = weight_indices(*shape, file.dropout), weight_indices(*shape)
-    renumbered = {}
-    for place, state in file.networks.items():
-        renumbered[place] = {
-            f"linear.{after}.{part}": state[f"linear.{before}.{part}"]
-            for (before, _), (after, _) in zip(old, new, strict=True)
-            for part in ("weight", "bias")
-        }
-    return replace(file, networks=renumbered, dropout=None)
-
-
-def check(file: HypernetworkFile) -> None:
-    """Recompute every key and shape from the settings; raise a Problem naming the first that differs."""
-    structure = file.layer_structure
-    if len(structure) < 2 or structure[0] != 1 or structure[-1] != 1:
-        raise Problem(
-            f"The hypernetwork's layer structure {structure} does not begin and end with 1.",
-            "Its output is added to its input, so both have one width.",
-            "Use a structure such as [1, 2, 1].",
-        )
-    if not file.networks:
-        raise Problem("The hypernetwork has no networks.", fix="Choose at least one width and role.")
-    for (width, role), state in file.networks.items():
-        if role not in ROLES:
-            raise Problem(f"Hypernetwork role {role!r} is unknown.", fix=f"Use {', '.join(ROLES)}.")
-        wanted = expected_shapes(
-            width, structure, file.activation, file.layer_norm, file.activate_output, file.dropout
-        )
-        found = {key: tuple(tensor.shape) for key, tensor in state.items()}
-        if found != wanted:
-            key = next(key for key in {**wanted, **found} if wanted.get(key) != found.get(key))
-            raise Problem(
-                f"The hypernetwork's {role} network for width {width} has {key} of shape {found.get(key, 'none')}, "
-                f"but its settings ask for {wanted.get(key, 'none')}.",
-                f"Structure {structure}, activation {file.activation}, layer norm {file.layer_norm}.",
-                "The file's settings and weights do not belong together.",
-            )
+__all__ = ["HypernetworkFile", "check", "context_width", "read", "refuse_for_webui", "without_dropout", "write_safetensors", "write_webui"]
 
 
 def write_safetensors(path: Path | str, file: HypernetworkFile, metadata: Mapping[str, str]) -> None:
@@ -173,7 +69,9 @@ def write_webui(path: Path | str, file: HypernetworkFile) -> None:
     content: dict[Any, Any] = {}
     for width in file.widths:  # OrderedDict is the type `state_dict()` gives and every reader has seen
         content[width] = tuple(OrderedDict(file.networks[width, role]) for role in ("key", "value"))
-    save_legacy(content | _settings(file) | {"scope": file.scope}, path)
+    # Readers pass over text keys they do not know, so ours ride along.
+    ours = {key: value for key, value in file.metadata.items() if key.startswith("finetune.")}
+    save_legacy(content | _settings(file) | {"scope": file.scope} | ({"finetune": ours} if ours else {}), path)
 
 
 def refuse_for_webui(file: HypernetworkFile, path: Path) -> None:
@@ -221,13 +119,6 @@ def _settings(file: HypernetworkFile) -> dict[str, Any]:
         "last_layer_dropout": False,
         "optional_info": file.note,
     }
-
-
-def context_width(file: HypernetworkFile) -> int | None:
-    """Width of the text states: the key or value width that is not a hidden width of a published UNet."""
-    widths = [width for width, role in file.networks if role != "query"]
-    text = [width for width in widths if width in (768, 1024, 2048)]
-    return (text or widths or [None])[0]
 
 
 def read(path: Path | str) -> HypernetworkFile:
@@ -295,7 +186,9 @@ def _read_webui(path: Path) -> HypernetworkFile:
         for role, state in zip(("key", "value"), pair, strict=True):
             networks[width, role] = _numeric(path, {_modern(key): tensor for key, tensor in state.items()})
     told = {key: value for key, value in content.items() if isinstance(key, str)}
-    return without_dropout(_file(networks, told, path, {}))
+    ours = told.get("finetune")
+    metadata = {str(key): str(value) for key, value in ours.items()} if isinstance(ours, dict) else {}
+    return without_dropout(_file(networks, told, path, metadata))
 
 
 def _modern(key: Any) -> str:

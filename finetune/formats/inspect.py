@@ -6,6 +6,7 @@ safetensors files cost one read of their header; torch is imported only for pick
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -58,8 +59,8 @@ def _fits_nothing(report: Report) -> None:
 def _folder(path: Path) -> Report:
     report = Report(path, bytes=folder_bytes(path))
     if (path / "artifact.json").is_file():
-        inspect_folder.describe_artifact(report)
         report.children = [inspect(part) for part in sorted(path.iterdir()) if _is_part(part)]
+        inspect_folder.describe_artifact(report)
         if (path / "model_index.json").is_file():
             pipeline = Report(path, bytes=report.bytes)
             inspect_folder.describe_pipeline(pipeline)
@@ -69,16 +70,20 @@ def _folder(path: Path) -> Report:
         report.children = [inspect(path / "artifact")] if (path / "artifact").is_dir() else []
     elif (path / "model_index.json").is_file():
         inspect_folder.describe_pipeline(report)
+    elif (path / "adapter_config.json").is_file():
+        inspect_folder.describe_adapter(report)
     else:
         report.children = [inspect(part) for part in sorted(path.iterdir()) if _is_part(part)]
         if not report.children:
             report.warnings.append("It holds no model, artifact or run.")
+    for child in report.children:  # said once, by the folder
+        child.trained_on = {label: text for label, text in child.trained_on.items() if report.trained_on.get(label) != text}
     return report
 
 
 def _is_part(path: Path) -> bool:
     if path.is_dir():
-        return (path / "model_index.json").is_file()
+        return any((path / name).is_file() for name in ("model_index.json", "adapter_config.json"))
     return path.suffix == ".safetensors" or path.suffix in PICKLES
 
 
@@ -129,15 +134,15 @@ def _hypernetwork(report: Report, header: Header) -> None:
         "transforms": ", ".join(config.get("transform", [])),
         "scope": {"cross": "cross-attention", "all": "every attention"}.get(config.get("scope", ""), "every attention"),
     }
-    shape = [config.get(key) for key in ("layer_structure", "activation_func", "is_layer_norm", "activate_output")]
+    shape = [config.get(key) for key in ("activation_func", "is_layer_norm", "activate_output")]
     contexts = []
-    for place in sorted({tuple(name.split(".")[1:3]) for name in header.tensors}):
-        wanted = expected_shapes(int(place[0]), *shape)
-        prefix = f"hypernet.{place[0]}.{place[1]}."
+    for prefix in sorted({name.partition("linear.")[0] for name in header.tensors}):
+        place = re.fullmatch(r"hypernet\.(\d+)\.([kvq])\.", prefix)
         found = {name.removeprefix(prefix): info.shape for name, info in header.tensors.items() if name.startswith(prefix)}
-        if found != wanted:
-            report.warnings.append(f"The {place[1]} network of width {place[0]} does not fit the file's own settings.")
-        contexts += [int(place[0])] if place[1] != "q" else []
+        if place is None or found != expected_shapes(int(place[1]), config.get("layer_structure") or [1, 2, 1], *shape):
+            report.warnings.append(f"The tensors {prefix}* do not fit the file's own settings.")
+        elif place[2] != "q":
+            contexts.append(int(place[1]))
     report.family = family_of_width(next((width for width in contexts if width in (768, 1024, 2048)), None))
     if len(set(contexts)) == 1:
         report.family = family_of_width(contexts[0])

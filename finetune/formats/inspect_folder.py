@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from finetune.formats.families import SD1, SD2, SDXL, Family, family_of_width
 from finetune.formats.folder import CLIP_PARTS
 from finetune.formats.header import Header, parameter_count, read_header
-from finetune.formats.inspection import Report
+from finetune.formats.inspection import Report, trained_on, trigger_of
 
 UNET_PREFIX = "model.diffusion_model."
 _PARTS = {
@@ -19,6 +20,7 @@ _PARTS = {
     "text encoder": ("cond_stage_model.", "conditioner."),
     "EMA copy": ("model_ema.",),
 }
+_PEFT_VARIANTS = {"use_dora": "with DoRA", "use_rslora": "with rank-stabilised scale"}
 _SD2_KEY = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
 _SDXL_KEY = "conditioner.embedders.1.model.ln_final.weight"
 
@@ -94,6 +96,8 @@ def describe_pipeline(report: Report) -> None:
                 "The text encoder lacks the `text_model.` level: transformers before 5.6 loads random weights instead."
             )
     report.parameters = sum(report.modules.values())
+    ours = _json(folder / "finetune.json")
+    report.trigger, report.trained_on = trigger_of(ours), trained_on(ours)
     _tokenizer(report, folder / "tokenizer")
     missing = [name for name, entry in index.items() if _present(entry) and not (folder / name).is_dir()]
     if missing:
@@ -118,10 +122,46 @@ def _tokenizer(report: Report, folder: Path) -> None:
         report.warnings.append("The tokenizer states no prompt length: older diffusers fails on generating.")
 
 
+def describe_adapter(report: Report) -> None:
+    """Fill in a report on PEFT's own folder: adapter_config.json and adapter_model.safetensors."""
+    config = _json(report.path / "adapter_config.json")
+    variant = next((name for key, name in _PEFT_VARIANTS.items() if config.get(key)), "")
+    report.kind = "lora" if config.get("peft_type") == "LORA" else "unknown"
+    report.layout = " ".join(filter(None, ("PEFT adapter folder:", str(config.get("peft_type")), variant)))
+    for key, values in (("r", report.ranks), ("lora_alpha", report.alphas)):
+        if isinstance(config.get(key), int | float):
+            values.append(config[key])
+    weights = report.path / "adapter_model.safetensors"
+    if weights.is_file():
+        header = read_header(weights)
+        report.parameters = parameter_count(header)
+        report.dtypes = dict(Counter(info.dtype for info in header.tensors.values()))
+        report.trigger, report.trained_on = trigger_of(header.metadata), trained_on(header.metadata)
+    else:
+        report.warnings.append("It has no adapter_model.safetensors.")
+    report.readers += [
+        ("peft, finetune", "read it, for the one network it was made for"),
+        ("A1111 web UI, Forge, ComfyUI", "do not read it (plain LoRA in the kohya layout would do)"),
+    ]
+
+
 def describe_artifact(report: Report) -> None:
-    """Fill in a report on an `artifact/` folder that finetune wrote; its files become children in `inspect`."""
+    """Fill in a report on an `artifact/` folder that finetune wrote; its files are children already.
+
+    A file whose hash is no longer the recorded one is named.
+    """
     report.kind = "finetune-artifact"
-    _told(report, _json(report.path / "artifact.json"))
+    content = _json(report.path / "artifact.json")
+    _told(report, content)
+    if isinstance(content.get("metadata"), dict):
+        report.trained_on = trained_on(content["metadata"])
+    found = {child.path: child.sha256 for child in report.children}
+    for entry in content.get("files", []):
+        path = report.path / str(entry.get("file"))
+        if not path.is_file():
+            report.warnings.append(f"artifact.json names {entry.get('file')}, which is not there.")
+        elif found.get(path) not in (None, entry.get("sha256")):
+            report.warnings.append(f"{entry.get('file')} was changed after finetune wrote it.")
 
 
 def describe_run(report: Report) -> None:
