@@ -25,7 +25,8 @@ def train(method: str, recipe: Path, *flags: str) -> str | None:
     Returns: None when it succeeded, else one line saying what went wrong.
     """
     sys.stdout.flush()
-    child = subprocess.Popen(command(method, recipe, *flags), stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", bufsize=1)
+    words = command(method, recipe, *flags)
+    child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", bufsize=1)
     said: list[str] = []
     reader = threading.Thread(target=tee, args=(child.stderr, said), daemon=True)
     reader.start()

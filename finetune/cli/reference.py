@@ -53,7 +53,8 @@ def common() -> str:
 def shared(trained: list[str]) -> str:
     """Settings all training verbs share, once."""
     names = ", ".join(f"`finetune {name}`" for name in trained)
-    return f"## What every method takes\n\nFor {names}. Where a method has another default, its own section says so.\n\n" + tables(describe(TrainSettings))
+    lines = ["## What every method takes", "", f"For {names}. Where a method has another default, its own section says so.", ""]
+    return "\n".join(lines) + "\n" + tables(describe(TrainSettings))
 
 
 def section(verb: Verb, tree: type[BaseModel], trained: bool) -> str:

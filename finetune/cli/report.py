@@ -23,7 +23,8 @@ def run(settings: Settings, console: Console) -> None:
     """Write report.html and its tables; print the table and the path."""
     check_comparison(settings.folder)
     if not (settings.folder / "scores.json").is_file():
-        raise Problem(f"{settings.folder} has no scores.json.", "The comparison was not scored.", f"Run `finetune evaluate {settings.folder}`.")
+        raise Problem(f"{settings.folder} has no scores.json.", "The comparison was not scored.",
+                      f"Run `finetune evaluate {settings.folder}`.")
     show(settings.folder, console)
 
 
