@@ -126,7 +126,7 @@ def test_every_picture_is_the_rendered_one(written):
     page = (written / "report.html").read_text(encoding="utf-8")
     found = re.search(r'<img src="data:image/png;base64,([^"]+)" alt="LoRA: a photo of a sks backpack on the beach"', page)
     with Image.open(io.BytesIO(base64.b64decode(found[1]))) as shown, Image.open(written / "lora/images/subject-01-0.png") as rendered:
-        assert list(shown.getdata()) == list(rendered.convert("RGB").getdata())
+        assert shown.tobytes() == rendered.convert("RGB").tobytes()
     grid_lines = sum(len(texts) * SEEDS[kind] for kind, texts in PROMPTS.items())
     assert len(re.findall(r'alt="LoRA: ', page)) == grid_lines + 4 + 1  # the grid, four pairs of the copy check, the opening line
 
@@ -247,8 +247,9 @@ def test_the_ladder_prefers_large_pictures_that_fit(written):
 
 
 def test_text_from_files_is_escaped(fresh):
-    edit(fresh / "comparison.json", lambda info: info.update(class_noun="<script>alert(1)</script>", model="a&b"))
+    edit(fresh / "comparison.json", lambda info: info.update(class_noun="<script>alert(1)</script>", model="/home/me/a&b"))
     page = page_of(fresh)
+    assert "Base model <b>a&amp;b</b>" in page and "finetune generate --model /home/me/a&amp;b --artifact" in page
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and "a&amp;b" in page
 
 

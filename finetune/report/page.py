@@ -52,7 +52,7 @@ def html(comparison: Comparison) -> str:
     groups = grid(comparison)
     statements = verdict(comparison)
     return environment.get_template("report.html.j2").render(
-        title=_title(comparison), noun=comparison.info.get("class_noun") or "subject", comparison=comparison, info=comparison.info,
+        title=_title(comparison), model=_value("model", comparison.info.get("model")), comparison=comparison, info=comparison.info,
         instances=_instances(comparison), looks=looks(comparison), judge=judge_name(comparison), statements=statements,
         has=lambda kind: any(one.kind == kind for one in statements), table=_table(comparison), headings=_headings(comparison),
         ties={column.key: tie_note(comparison, column) for column in comparison.columns},
@@ -145,10 +145,10 @@ def _footer(comparison: Comparison) -> dict[str, Any]:
     for one in manifests:
         versions.update({name: str(value) for name, value in (one.get("versions") or {}).items()})
     dates = sorted(str(one["finished"]) for one in manifests if one.get("finished"))
-    return {"commands": commands, "versions": versions, "devices": list(dict.fromkeys(str(one["device"]) for one in manifests
-            if one.get("device"))), "date": dates[-1][:10] if dates else "", "hash": comparison.info.get("model_hash") or "", "prompts": _prompts(comparison),
-            "pictures": manifests[0].get("pictures", []) if manifests else [],
-            "skipped": manifests[0].get("skipped", []) if manifests else []}
+    first = manifests[0] if manifests else {}
+    return {"commands": commands, "versions": versions, "devices": list(dict.fromkeys(str(one["device"]) for one in manifests if one.get("device"))),
+            "date": dates[-1][:10] if dates else "", "hash": comparison.info.get("model_hash") or "", "prompts": _prompts(comparison),
+            "pictures": first.get("pictures", []), "skipped": first.get("skipped", [])}
 
 
 def _prompts(comparison: Comparison) -> str:

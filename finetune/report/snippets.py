@@ -29,7 +29,9 @@ def _loading(comparison: Comparison, row: Row) -> Loading:
     place = f"{comparison.folder.resolve().name}/{row.row}/artifact"
     subject = row.subject or dig(row.manifest, "artifact.trigger") or comparison.info.get("class_noun") or "subject"
     prompt = f"a photo of {words.article(subject)} in the snow"
-    snippets = [("finetune", f'finetune generate --artifact {place} --prompt "{prompt}" --seed 1')]
+    base = comparison.info.get("model", "toybox")
+    model = "" if base == "toybox" else f"--model {base} "
+    snippets = [("finetune", f'finetune generate {model}--artifact {place} --prompt "{prompt}" --seed 1')]
     python, programs = _BY_METHOD.get(row.method, _other)(comparison, row, place, prompt)
     if python:
         snippets.append(("Python", python))
