@@ -107,6 +107,52 @@ def train(
     return vae.eval()
 
 
+def polish(
+    vae: AutoencoderKL,
+    latents: dict[str, Tensor],
+    pixels: np.ndarray,
+    work: Path,
+    *,
+    steps: int,
+    batch: int = 8,
+    rate: float = 6e-4,
+    seed: int = 0,
+) -> AutoencoderKL:
+    """Train the decoder alone some more; the encoder is left as it is, so cached latents stay true.
+
+    Args:
+        vae: trained, with its statistics folded.
+        latents: posteriors of `pixels`, upright (`mean`, `std`) and mirrored (`mean_flipped`, `std_flipped`).
+        pixels: training pictures, uint8 (B, 3, 64, 64).
+        work: folder of the checkpoint and of the log `polish.jsonl`.
+        steps, batch, rate: of a cosine schedule.
+    """
+    vae.requires_grad_(False)
+    decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    checkpoint = Checkpoint(Path(work) / "polish.ckpt")
+    first, before = checkpoint.resume(decoder, optimizer)
+    log = Log(Path(work) / "polish.jsonl", before)
+    for step in range(first, steps):
+        set_rate(optimizer, rate * cosine(step, steps))
+        turn = "_flipped" if step % 2 else ""
+        mean, std = latents[f"mean{turn}"], latents[f"std{turn}"]
+        chosen = draw_indices(len(pixels), batch, step, seed + 70).sort().values
+        noise = torch.randn(mean[chosen].shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
+        sampled = (mean[chosen].float() + std[chosen].float() * noise).contiguous(memory_format=torch.channels_last)
+        target = to_model(pixels[chosen.numpy()])
+        loss = reconstruction_loss(vae.decode(sampled).sample, target.flip(-1) if turn else target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        checkpoint.maybe(decoder, optimizer, step + 1, log.seconds)
+        if step % 50 == 0:
+            log(step=step, loss=float(loss.detach()))
+    checkpoint.done()
+    return vae.requires_grad_(True).eval()
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64, flipped: bool = False) -> tuple[Tensor, Tensor]:
     """Posterior mean and standard deviation of uint8 pictures, each (B, 4, 16, 16), before scaling."""

@@ -35,7 +35,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 def configuration() -> ResNetConfig:
     """As the judge's picture tower: stages at 16 x 16, 8 x 8 and 4 x 4, 192 features."""
-    return ResNetConfig(embedding_size=32, hidden_sizes=[48, 96, 192], depths=[2, 1, 1], layer_type="basic")
+    return ResNetConfig(embedding_size=32, hidden_sizes=[48, 96, 192], depths=[1, 1, 1], layer_type="basic")
 
 
 def random_look(random: Random, noun: str | None = None) -> Look:

@@ -30,8 +30,8 @@ _DROPS = {**DROPS, "colour": 0.06, "pattern": 0.0, "scene": 0.10, "style": 0.08}
 
 
 def vision_configuration() -> ResNetConfig:
-    """Three stages of two basic blocks at 16 x 16, 8 x 8 and 4 x 4; 0.9 million parameters."""
-    return ResNetConfig(embedding_size=32, hidden_sizes=[48, 96, 192], depths=[2, 1, 1], layer_type="basic")
+    """Three stages of one basic block at 16 x 16, 8 x 8 and 4 x 4; 0.9 million parameters."""
+    return ResNetConfig(embedding_size=32, hidden_sizes=[48, 96, 192], depths=[1, 1, 1], layer_type="basic")
 
 
 def build(text_encoder: CLIPTextModel) -> DualEncoder:
@@ -135,7 +135,7 @@ def train(
         seen = augment(torch.from_numpy(seen).float() / 255, seed=seed * 1_000_003 + step)
         pooled = model.pooled_pictures(model.normalise(seen).contiguous(memory_format=torch.channels_last))
         with torch.no_grad():
-            states = model.text(input_ids=tokens(tokenizer, [one.text for one in said])).pooler_output
+            states = model.text(input_ids=tokens(tokenizer, [one.text for one in said], full=False)).pooler_output
         texts = F.normalize(model.text_projection(states), dim=-1)
         features = F.normalize(model.visual_projection(pooled), dim=-1)
         scale = model.logit_scale.exp().clamp(max=100)
@@ -162,7 +162,7 @@ def prompt_matching(
     for kind, values in KINDS.items():
         swaps = [_swapped(picture, kind, value) for picture in pictures for value in values]
         texts = [
-            model.text_features(tokens(tokenizer, swaps[start : start + 250])) for start in range(0, len(swaps), 250)
+            model.text_features(tokens(tokenizer, swaps[start : start + 250], full=False)) for start in range(0, len(swaps), 250)
         ]
         table = torch.cat(texts).view(len(pictures), len(values), -1)
         found = (table * features[:, None]).sum(-1).argmax(dim=1)

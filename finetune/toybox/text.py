@@ -55,10 +55,10 @@ def configuration(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Token ids (B, L) of captions, padded to the full length as the UNet will see them."""
-    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
-    return batch.input_ids
+def tokens(tokenizer: CLIPTokenizer, texts: list[str], full: bool = True) -> Tensor:
+    """Token ids (B, L) of captions, padded to the full length as the UNet sees them, or only to the longest."""
+    padding = "max_length" if full else "longest"
+    return tokenizer(texts, padding=padding, truncation=True, max_length=MAX_LENGTH, return_tensors="pt").input_ids
 
 
 def answers(said: list[Said]) -> dict[str, Tensor]:

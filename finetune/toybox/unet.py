@@ -83,8 +83,12 @@ class LatentSource:
         return self._permutation
 
 
-def train_unet(work: Path, steps: int = 8000, seed: int = 0, console: Console | None = None, log_every: int = 50, save_every: int = 500) -> None:
-    """Train WORK/base/unet with the fifth strategy; restartable: goes on from its newest checkpoint in WORK/unet."""
+def train_unet(work: Path, steps: int = 8000, seed: int = 0, console: Console | None = None, log_every: int = 50, save_every: int = 400) -> dict[str, float]:
+    """Train WORK/base/unet with the fifth strategy; restartable: goes on from its newest checkpoint in WORK/unet.
+
+    The averaged weights so far lie in WORK/base/unet-trained after every save; at the end they become WORK/base/unet.
+    Returns the last validation loss, as the stages' other trainings return what they measured.
+    """
     console = console or Console()
     folder, base = work / "unet", fresh_base(work, seed)
     settings = methods.get("pretrain").Settings(model=str(work / "base"), steps=steps, seed=seed, warmup=200, resolution=64)
@@ -110,6 +114,9 @@ def train_unet(work: Path, steps: int = 8000, seed: int = 0, console: Console | 
                 with method.exported():
                     runs.append_metrics(folder, step=state.step, validation_loss=validation_loss(base, method, source, settings))
                 write_unet(base, method, work)
+    shutil.rmtree(work / "base" / "unet")
+    shutil.copytree(work / "base" / "unet-trained", work / "base" / "unet")
+    return {"validation loss": runs.read_metrics(folder)[-1]["validation_loss"], "steps": float(steps)}
 
 
 def fresh_base(work: Path, seed: int) -> Base:
