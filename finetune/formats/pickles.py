@@ -1,13 +1,15 @@
 """Old `.pt` files: written so that every program reads them, read without ever executing what they contain.
 
 The web UI checks the member names of a torch zip before loading and refuses the records that current torch adds, so
-files are written in the legacy container, which has no members (torch's `_use_new_zipfile_serialization=False`).
+files are written in the legacy container, which has no members (torch's `_use_new_zipfile_serialization=False`). torch
+itself names storages by memory address there; here they are numbered, so that equal content gives equal bytes.
 """
 
 from __future__ import annotations
 
 import pickle
 import pickletools
+import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -29,6 +31,10 @@ ALLOWED_GLOBALS = {
     *(f"torch.{kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Bool", "Byte")),
 }
 LEGACY_PICKLES = 5  # magic number, protocol, system, the object, storage keys; raw storages follow
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # torch.serialization's constants, unchanged since torch 0.1
+SYSTEM = {"protocol_version": PROTOCOL, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+_KINDS = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "BFloat16", torch.float64: "Double",
+          torch.int64: "Long", torch.int32: "Int", torch.bool: "Bool", torch.uint8: "Byte"}
 LARGEST_PICKLE = 64 * 2**20
 
 
@@ -39,8 +45,31 @@ def save_legacy(obj: Any, path: Path | str) -> None:
         Problem: when something in `obj` would need a pickle global beyond those every reader allows.
     """
     plain = _plain(obj, "the file")
-    with atomic_path(Path(path)) as temporary:
-        torch.save(plain, temporary, _use_new_zipfile_serialization=False)
+    with atomic_path(Path(path)) as temporary, open(temporary, "wb") as file:
+        for header in (MAGIC, PROTOCOL, SYSTEM):
+            pickle.dump(header, file, protocol=2)
+        pickler = _Numbering(file)
+        pickler.dump(plain)
+        pickle.dump([str(number) for number in range(len(pickler.storages))], file, protocol=2)
+        for storage in pickler.storages:
+            data = torch.tensor([], dtype=storage.dtype).set_(storage._untyped_storage)
+            file.write(struct.pack("<q", data.numel()) + data.view(torch.uint8).numpy().tobytes())
+
+
+class _Numbering(pickle.Pickler):
+    """Pickles tensors as torch does, with the storages left out and numbered in order of appearance."""
+
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file, protocol=2)
+        self.storages: list[Any] = []
+
+    def persistent_id(self, value: Any) -> tuple[Any, ...] | None:
+        """torch's legacy reference: ("storage", kind, key, location, elements, view)."""
+        if not isinstance(value, torch.storage.TypedStorage):
+            return None
+        self.storages.append(value)  # `_plain` gave every tensor a storage of its own or shares none in part
+        kind = getattr(torch, f"{_KINDS[value.dtype]}Storage")
+        return ("storage", kind, str(len(self.storages) - 1), "cpu", value._untyped_storage.nbytes() // value.dtype.itemsize, None)
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -9,7 +9,6 @@ import torch
 
 from finetune.errors import Problem
 from finetune.model.base import Base
-from finetune.model.text import expand
 
 SAMPLERS = ("dpm++", "ddim", "ddpm", "euler", "unipc")
 
@@ -49,7 +48,7 @@ def render(base: Base, prompts: list[str], seeds: list[int], *, steps: int = 25,
     pictures: list[Any] = []
     for start in range(0, len(prompts), batch):
         chunk = slice(start, start + batch)
-        texts = [expand(base, prompt) for prompt in prompts[chunk]]
+        texts = prompts[chunk]  # the pipeline itself turns a learned word into all its tokens
         result = pipe(prompt=texts, negative_prompt=[negative] * len(texts), num_inference_steps=steps,
                       guidance_scale=guidance, height=size or base.resolution, width=size or base.resolution,
                       generator=[torch.Generator().manual_seed(seed) for seed in seeds[chunk]], output_type=output)

@@ -91,6 +91,7 @@ def train_unet(work: Path, steps: int = 8000, seed: int = 0, console: Console | 
     """
     console = console or Console()
     folder, base = work / "unet", fresh_base(work, seed)
+    folder.mkdir(exist_ok=True)
     settings = methods.get("pretrain").Settings(model=str(work / "base"), steps=steps, seed=seed, warmup=200, resolution=64)
     method = methods.get("pretrain")(settings)
     source = LatentSource(work, base.vae.config.scaling_factor, settings)

@@ -5,6 +5,7 @@ B rows of a micro-batch, C latent channels, H and W latent height and width, T t
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -156,21 +157,30 @@ def timesteps_of(batch: Any, seed: int, count: int) -> Tensor:
 @torch.no_grad()
 def validation_loss(base: Base, method: Method, source: Source, settings: Any) -> float:
     """Mean loss on the fixed set of pictures, noises and timesteps, without weights; the same set for every method."""
-    modes = [(part, part.training) for part in _modules(base, method)]
-    for part, _ in modes:
-        part.eval()
     total, rows = 0.0, 0
-    for batch in source.validation():
-        noise = noise_of(batch, settings.seed).to(batch.latents)
-        timesteps = timesteps_of(batch, settings.seed, len(base.schedule)).to(batch.latents.device)
-        noisy = diffusion.add_noise(batch.latents, noise, timesteps, base.schedule)
-        pred = method.denoise(base, noisy, timesteps, method.condition(base, batch.captions))
-        wanted = diffusion.target(batch.latents, noise, timesteps, base.schedule, base.prediction)
-        total += (pred.float() - wanted.float()).pow(2).flatten(1).mean(1).sum().item()
-        rows += len(batch.keys)
-    for part, mode in modes:
-        part.train(mode)
+    with at_rest(base, method):
+        for batch in source.validation():
+            noise = noise_of(batch, settings.seed).to(batch.latents)
+            timesteps = timesteps_of(batch, settings.seed, len(base.schedule)).to(batch.latents.device)
+            noisy = diffusion.add_noise(batch.latents, noise, timesteps, base.schedule)
+            pred = method.denoise(base, noisy, timesteps, method.condition(base, batch.captions))
+            wanted = diffusion.target(batch.latents, noise, timesteps, base.schedule, base.prediction)
+            total += (pred.float() - wanted.float()).pow(2).flatten(1).mean(1).sum().item()
+            rows += len(batch.keys)
     return total / rows
+
+
+@contextlib.contextmanager
+def at_rest(base: Base, method: Method) -> Iterator[None]:
+    """Inside the context everything is in evaluation mode (no dropout anywhere); the modes come back after it."""
+    modes = [(part, part.training) for part in (*base.modules().values(), *method.training_modules(base))]
+    try:
+        for part, _ in modes:
+            part.eval()
+        yield
+    finally:
+        for part, mode in modes:
+            part.train(mode)
 
 
 def _set_learning_rate(state: State, settings: Any) -> float:
@@ -180,15 +190,11 @@ def _set_learning_rate(state: State, settings: Any) -> float:
     return state.optimizer.param_groups[0]["lr"]
 
 
-def _modules(base: Base, method: Method) -> list[nn.Module]:
-    return [*base.modules().values(), *method.training_modules(base)]
-
-
 def _training_mode(base: Base, method: Method) -> None:
-    for part in base.modules().values():
-        part.eval()
+    """Dropout on where the method trains; walking all modules costs, so only when something switched it off."""
     for part in method.training_modules(base):
-        part.train()
+        if not part.training:
+            part.train()
 
 
 def _reduce_and_clip(state: State, settings: Any, accelerator: Accelerator) -> Tensor | None:

@@ -29,7 +29,7 @@ from finetune.model.sampling import render
 from finetune.settings import TrainSettings
 from finetune.training import checkpoint
 from finetune.training.announce import announce
-from finetune.training.loop import Progress, State, fit, prepare, validation_loss
+from finetune.training.loop import Progress, State, at_rest, fit, prepare, validation_loss
 from finetune.training.meter import Meter
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
@@ -67,7 +67,8 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         if not finished:
             _note_stop(folder, manifest, state, console)
             return folder
-        _export(folder, settings, method, base, intake)
+        with at_rest(base, method):
+            _export(folder, settings, method, base, intake)
     seconds = {"total": time.perf_counter() - started, "training": training_seconds, "class_images": class_seconds,
                "per_step": training_seconds / max(1, len(runs.read_metrics(folder)) and settings.steps)}
     _close(folder, manifest, state, seconds, console)
@@ -164,7 +165,7 @@ def _preview(folder: Path, settings: TrainSettings, method: Method, base: Base, 
     seeds = [draws.key(settings.seed, "preview", number) for number in range(len(prompts))]
     small = base.family == "toybox"
     state = torch.get_rng_state()
-    with method.exported():
+    with method.exported(), at_rest(base, method):
         pictures = render(base, prompts, seeds, steps=25, guidance=4.0 if small else 7.5, size=settings.resolution)
     torch.set_rng_state(state)
     for number, picture in enumerate(pictures):
