@@ -78,7 +78,7 @@ def test_a_second_run_keeps_finished_rows_and_tells_a_failed_one(words, copied, 
     said = capfd.readouterr().out
     told = runs.read_json(copied / "comparison.json")
     assert [row["row"] for row in told["rows"]] == ["lora", "textual-inversion"]
-    assert told["failed"][0]["row"] == "broken" and "no_such_layer" in told["failed"][0]["error"]
+    assert told["failed"][0]["title"] == "LoRA (broken)" and "no_such_layer" in told["failed"][0]["error"]
     assert said.count("Kept: ") == 2 and "Failed: broken: " in said
     assert {row: (copied / row / "manifest.json").stat().st_mtime_ns for row in ROWS} == before
 
@@ -132,7 +132,7 @@ def test_an_artifact_for_another_width_is_refused(comparison, make_model, tmp_pa
     assert app.run(["generate", "--model", str(other), "--artifact", str(comparison / row / "artifact"), "--prompt", "x",
                     "--output", str(tmp_path / "pics")]) == 2
     said = capsys.readouterr().err
-    assert "48" in said and "40" in said and not (tmp_path / "pics").exists()
+    assert said.startswith("Problem: ") and "width" in said and not (tmp_path / "pics").exists()
 
 
 def test_inspect_names_kind_trigger_and_rank(comparison, capfd):

@@ -31,7 +31,8 @@ def run(settings: CompareSettings, console: Console) -> None:
     pictures = pictures_of(rows[0], settings.output)
     check(settings, family, settings.class_noun)
     announce(settings, rows, pictures, console)
-    finished, failed = [], {}
+    finished: list[Row] = []
+    failed: list[tuple[Row, str]] = []
     todo = todos(settings, rows, pictures)
     for number, row in enumerate(rows, 1):
         console.rule(f"[{number}/{len(rows)}] {row.title}", style="dim")
@@ -41,17 +42,17 @@ def run(settings: CompareSettings, console: Console) -> None:
         else:
             trouble = train(row, settings.output, todo[row.name])
         if trouble:
-            failed[row.name] = trouble
+            failed.append((row, trouble))
         else:
             finished.append(row)
             write_comparison(settings, family, finished, failed, pictures)
     if not finished:
-        raise Problem("No row was trained.", " ".join(f"{name}: {trouble}" for name, trouble in failed.items()),
+        raise Problem("No row was trained.", " ".join(f"{row.name}: {trouble}" for row, trouble in failed),
                       "Mend the first one; running the same command again goes on from here.")
     write_comparison(settings, family, finished, failed, pictures)
     judge_and_show(settings.output, console)
-    for name, trouble in failed.items():
-        console.print(f"[bold red]Failed:[/] {name}: {escape(trouble)}", soft_wrap=True)
+    for row, trouble in failed:
+        console.print(f"[bold red]Failed:[/] {row.name}: {escape(trouble)}", soft_wrap=True)
     if failed:
         raise typer.Exit(UNEXPECTED)
 
@@ -126,7 +127,7 @@ def train(row: Row, output: Path, flag: str) -> str | None:
     return processes.train(row.method, recipe, *([flag] if flag else []))
 
 
-def write_comparison(settings: CompareSettings, family: str, rows: list[Row], failed: dict[str, str],
+def write_comparison(settings: CompareSettings, family: str, rows: list[Row], failed: list[tuple[Row, str]],
                      pictures: list[dict[str, str]]) -> None:
     """comparison.json: what evaluation and report start from. Written after every row."""
     manifest = runs.read_json(settings.output / rows[0].name / "manifest.json")
@@ -134,7 +135,7 @@ def write_comparison(settings: CompareSettings, family: str, rows: list[Row], fa
         "model": settings.model, "family": family, "model_hash": manifest["model"]["hash"],
         "class_noun": settings.class_noun, "instance_files": [one["path"] for one in pictures],
         "rows": [{"row": row.name, "title": row.title, "method": row.method, "run": row.name, "subject": row.subject} for row in rows],
-        "failed": [{"row": name, "error": trouble} for name, trouble in failed.items()],
+        "failed": [{"row": row.name, "title": row.title, "method": row.method, "error": trouble} for row, trouble in failed],
         "seed": settings.seed, "device": settings.device, "suite": suite_of_settings(settings),
         "judge": judge_of(settings), "sampler": sampler_of(settings, family),
     })
