@@ -53,9 +53,15 @@ def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pictures_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four PNGs of one drawn subject (a teal box with an orange dot) on four backgrounds. Do not write into it."""
+    folder = tmp_path_factory.mktemp("pictures")
+    draw_pictures(folder)
+    return folder
+
+
+def draw_pictures(folder: Path) -> None:
+    """The four pictures of `pictures_dir`."""
     from PIL import Image, ImageDraw
 
-    folder = tmp_path_factory.mktemp("pictures")
     for number, colour in enumerate(("white", "khaki", "slategray", "lightblue")):
         picture = Image.new("RGB", (48 + 8 * number, 48), colour)
         pen = ImageDraw.Draw(picture)
@@ -63,7 +69,6 @@ def pictures_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pen.rectangle((left, 10, left + 24, 40), fill="teal")
         pen.ellipse((left + 8, 20, left + 16, 28), fill="orange")
         picture.save(folder / f"picture-{number}.png")
-    return folder
 
 
 def write_tiny_model(folder: Path, prediction: str, seed: int, width: int) -> Path:

@@ -12,6 +12,7 @@ from finetune.errors import Problem
 from finetune.formats import header
 
 TOYBOX = Path(__file__).resolve().parent.parent / "toybox" / "weights" / "base"
+TOYBOX_SHAPE = (160, [64, 128, 192])  # text width and UNet widths, see finetune.toybox.unet
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 WIDTH_KEY = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
 
@@ -59,7 +60,8 @@ def _folder(path: Path, name: str) -> Location:
         raise Problem(f"The model {name!r} takes {config['in_channels']} latent channels, not 4.",
                       "It is an inpainting or depth model, whose training needs masks or depth maps.", "Train on its plain text-to-image base.")
     family = _family(config.get("cross_attention_dim"), name)
-    return Location("folder", path, "toybox" if config.get("finetune_family") == "toybox" or path == TOYBOX else family)
+    toybox = (config.get("cross_attention_dim"), config.get("block_out_channels")) == TOYBOX_SHAPE  # it, or a DreamBooth of it
+    return Location("folder", path, "toybox" if toybox else family)
 
 
 def _single_file(path: Path) -> Location:

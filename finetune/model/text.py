@@ -57,7 +57,8 @@ def add_tokens(base: Base, trigger: str, rows: Tensor) -> nn.Parameter:
     if not isinstance(table, nn.Embedding) or table.num_embeddings < len(base.tokenizer):
         raise Problem(f"The placeholder {trigger!r} cannot be added.", "The tokenizer has more words than the text encoder has rows.")
     names = [trigger, *(f"{trigger}_{number}" for number in range(1, len(rows)))]
-    known = [name for name in names if name in base.tokenizer.get_vocab()]
+    vocabulary = base.tokenizer.get_vocab()
+    known = [name for name in names if name in vocabulary or f"{name.lower()}</w>" in vocabulary]
     if known or base.tokenizer.add_tokens(names) != len(names):
         raise Problem(f"The placeholder {trigger!r} is already a word of this model.", "Its meaning would be overwritten.",
                       f"Choose another, such as '<{re.sub('[^A-Za-z0-9]+', '-', trigger).strip('-') or 'thing'}-new>'.")

@@ -72,7 +72,7 @@ class TrainSettings(RunSettings):
     output: Path | None = setting(None, "folder of the run [default: runs/METHOD-NUMBER]", group="run")
     resume: bool = setting(False, "go on from the newest complete checkpoint of --output", group="run")
     overwrite: bool = setting(False, "clear a finished run in --output first", group="run")
-    checkpoint_every: int = setting(0, "save a checkpoint every so many steps; 0: only when interrupted", unit="steps", group="run", ge=0)
+    checkpoint_every: int = setting(500, "save a checkpoint every so many steps; 0: only when interrupted", unit="steps", group="run", ge=0)
     keep_checkpoints: int = setting(1, "complete checkpoints to keep", group="run", ge=1)
     log_every: int = setting(10, "write loss and speed to metrics.jsonl every so many steps", unit="steps", group="run", ge=1)
     validate_every: int = setting(50, "loss on the fixed set of noises and timesteps every so many steps; 0 is off", unit="steps", group="run", ge=0)

@@ -23,6 +23,8 @@ def announce(console: Console, settings: TrainSettings, method: Method, base: Ba
     for label, text in lines(settings, method, base, intake, classes, source, state):
         table.add_row(label, text)
     console.print(table)
+    for file in data.unnamed(intake.pictures, method.subject):
+        console.print(f"[yellow]The caption of {file} does not contain “{method.subject}”: this picture will not teach that phrase.[/yellow]")
     for prompt in too_long(base, [caption for batch in source.validation() for caption in batch.captions]):
         console.print(f"[yellow]The end of this prompt is cut off, it is longer than {base.tokenizer.model_max_length} tokens:[/yellow] {prompt}")
 

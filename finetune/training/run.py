@@ -70,7 +70,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         with at_rest(base, method):
             _export(folder, settings, method, base, intake)
     seconds = {"total": time.perf_counter() - started, "training": training_seconds, "class_images": class_seconds,
-               "per_step": training_seconds / max(1, len(runs.read_metrics(folder)) and settings.steps)}
+               "per_step": training_seconds / settings.steps}
     _close(folder, manifest, state, seconds, console)
     return folder
 
