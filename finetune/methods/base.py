@@ -74,6 +74,10 @@ class Method(ABC):
         """Prompts to draw from for a picture without a caption; {} stands for the subject phrase."""
         return [self.settings.instance_prompt or "a photo of a {}"]
 
+    def facts(self) -> list[tuple[str, str]]:
+        """Label and text of what is worth saying of this method's settings before the first step."""
+        return []
+
     # -- training ------------------------------------------------------------------------------------------------------
 
     @abstractmethod

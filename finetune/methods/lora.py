@@ -11,9 +11,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
-
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +60,14 @@ class Lora(Method):
     def alpha(self) -> float:
         """Numerator of the scale."""
         return self.settings.alpha or float(self.settings.rank)
+
+    def facts(self) -> list[tuple[str, str]]:
+        rank, root = self.settings.rank, self.settings.variant == "rslora"
+        if self.settings.variant not in ("lora", "dora", "rslora"):
+            return [("adapters", f"{self.settings.variant} of rank {rank} on {self.settings.targets}")]
+        below = f"square root of rank {rank}" if root else f"rank {rank}"
+        scale = self.alpha / (rank**0.5 if root else rank)
+        return [("adapters", f"{self.settings.variant} on {self.settings.targets}"), ("LoRA scale", f"alpha {self.alpha:g} / {below} = {scale:g}")]
 
     def attach(self, base: Base) -> list[Group]:
         from peft import inject_adapter_in_model

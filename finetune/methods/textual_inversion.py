@@ -71,6 +71,10 @@ class TextualInversion(Method):
     def stem(self) -> str:
         return "".join(sign if sign.isascii() and (sign.isalnum() or sign in "._-") else "" for sign in self.placeholder) or self.name
 
+    def facts(self) -> list[tuple[str, str]]:
+        return [("new word", f"{self.placeholder}, {self.settings.vectors} vector{'s' * (self.settings.vectors > 1)}, "
+                             f"starting from “{self.settings.initializer or self.noun}”")]
+
     def attach(self, base: Base) -> list[Group]:
         if any(space in self.placeholder for space in " \t\n"):
             raise Problem(f"The placeholder {self.placeholder!r} contains a space.", "It must be one word.", "Use a dash: '<my-dog>'.")

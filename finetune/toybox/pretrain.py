@@ -1,6 +1,6 @@
 """Build the embedded base and its judge from nothing, one stage after the other, each behind a gate.
 
-    pictures -> autoencoder -> text encoder -> latents and captions (READY) -> polished decoder -> ruler -> UNet -> judge
+    pictures -> autoencoder -> text encoder -> latents and captions (READY) -> ruler -> polished decoder -> UNet -> judge
 
 Every stage leaves `WORK/done/<stage>.json` with its seconds and what was measured; a stage that has one is skipped, a
 stage that was interrupted goes on from its checkpoint. The UNet is trained by the project's own loop, which the
@@ -37,10 +37,10 @@ class Plan:
     polish_steps: int = 900
     text_steps: int = 500
     soft: int = 4000
-    ruler_steps: int = 1200
-    clip_steps: int = 1000
+    ruler_steps: int = 900
+    clip_steps: int = 800
     families: int = 2000
-    encoder_steps: int = 800
+    encoder_steps: int = 600
     seed: int = 0
 
 
@@ -81,7 +81,7 @@ class Stages:
         Raises:
             Problem: a stage ended below its gate.
         """
-        order = ("vae", "text", "ready", "polish", "soft", "ruler", "unet", "judge")
+        order = ("vae", "text", "ready", "soft", "ruler", "polish", "unet", "judge")
         wanted = names or order
         return {name: self._once(name) for name in order if name in wanted}
 

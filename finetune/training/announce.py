@@ -44,8 +44,7 @@ def lines(settings: TrainSettings, method: Method, base: Base, intake: Any, clas
     first = [source.rows.row("instance", number).caption for number in range(3)]
     found += [("first prompts" if number == 0 else "", f"“{caption}”") for number, caption in enumerate(first)]
     found.append(("trained", f"{trained:,} of {whole:,} numbers ({trained / whole:.3%})"))
-    if hasattr(method, "alpha"):
-        found.append(("LoRA scale", f"alpha {method.alpha:g} / rank {settings.rank} = {method.alpha / settings.rank:g}"))
+    found += method.facts()
     found.append(("learning rate", f"{settings.learning_rate:g}, {settings.schedule}, warm-up {settings.warmup} steps, {settings.optimizer}"))
     each = seen / max(1, len(intake.pictures))
     found.append(("will see", f"{seen:,} pictures in {settings.steps:,} steps of {settings.batch_size * settings.accumulate}: each picture {each:.3g} times"))
