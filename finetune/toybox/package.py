@@ -29,6 +29,7 @@ def halve(path: Path) -> None:
         for name, tensor in load_file(path).items()
     }
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes for the owner alone; a package is for everyone
 
 
 def package(work: Path, target: Path, command: str = "finetune pretrain toybox") -> dict:
