@@ -135,7 +135,7 @@ def globals_in(path: Path | str) -> list[str]:
                 for member in archive.infolist():
                     if member.filename.endswith(".pkl"):
                         if member.file_size > LARGEST_PICKLE:
-                            raise Problem(f"{path} holds a pickle of {member.file_size:,} bytes; no adapter needs that.")
+                            raise Problem(f"{path} holds a pickle of {member.file_size:,} bytes.", "No adapter needs that much beside its tensors.")
                         with archive.open(member) as handle:
                             found |= _globals_of(handle.read())
         else:

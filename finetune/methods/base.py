@@ -70,6 +70,11 @@ class Method(ABC):
         """The phrase that names the subject in prompts: a rare token and the noun (Ruiz et al. 2023, sec. 3.2)."""
         return self.settings.subject or f"sks {self.noun}"
 
+    @property
+    def trigger(self) -> str:
+        """What a prompt must contain for the artifact to act."""
+        return self.subject
+
     def templates(self) -> list[str]:
         """Prompts to draw from for a picture without a caption; {} stands for the subject phrase."""
         return [self.settings.instance_prompt or "a photo of a {}"]

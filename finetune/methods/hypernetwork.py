@@ -97,7 +97,7 @@ class Patch:
     """
 
     def __init__(self, unet: nn.Module, networks: dict[tuple[int, str], nn.Module], scope: str, strength: float = 1.0):
-        self.networks, self.strength = networks, strength
+        self.networks, self.strength, self._unet = networks, strength, unet
         self._seen: dict[tuple[int, str], tuple[Any, Tensor]] = {}
         self.places: list[str] = []
         for name, attention in unet.named_modules():
@@ -115,17 +115,22 @@ class Patch:
                 return None
             x = arguments[0]
             network = self.networks[key]
+            if torch.is_grad_enabled() and getattr(self._unet, "is_gradient_checkpointing", False):
+                return (self._apply(network, x), *arguments[1:])  # each block is computed twice, with a graph of its own
             mark = (x, x._version, torch.is_grad_enabled(), network.training, self.strength,
                     tuple(value._version for value in network.parameters()))
             seen = self._seen.get(key)
             if seen is None or seen[0][0] is not mark[0] or seen[0][1:] != mark[1:]:
-                # the web UI evaluates in the networks' float32 and casts back
-                wide = x.to(next(network.parameters()).dtype)
-                seen = (mark, (wide + self.strength * network(wide)).to(x.dtype))
+                seen = (mark, self._apply(network, x))
                 self._seen[key] = seen
             return (seen[1], *arguments[1:])
 
         return hook
+
+    def _apply(self, network: nn.Module, x: Tensor) -> Tensor:
+        """x + m f(x), in the networks' float32 as the web UI evaluates it, cast back."""
+        wide = x.to(next(network.parameters()).dtype)
+        return (wide + self.strength * network(wide)).to(x.dtype)
 
     def forget(self) -> None:
         """Let go of remembered tensors (and their graphs)."""
@@ -206,7 +211,12 @@ class Hypernetwork(Method):
 
     def expected_bytes(self, base: Base) -> int:
         numbers = sum(value.numel() for value in self.networks.parameters())
-        return numbers * bytes_per_number(self.settings) * (2 if self.roles == ["key", "value"] else 1)  # .safetensors and .pt
+        return numbers * bytes_per_number(self.settings) * (2 if self._for_webui else 1)  # .safetensors and .pt
+
+    @property
+    def _for_webui(self) -> bool:
+        """Whether the web UI's file can express these networks (and A1111 and ComfyUI agree on them)."""
+        return self.roles == ["key", "value"] and not (self.settings.layer_norm and self.settings.activation != "linear")
 
     def export(self, base: Base, folder: Path, metadata: dict[str, str]) -> None:
         """NAME.safetensors always; NAME.pt for web UIs where they can express it (key and value)."""
@@ -222,7 +232,7 @@ class Hypernetwork(Method):
                                          scope=self.settings.scope, name=self.stem, step=self.settings.steps, base_name=base.name,
                                          base_hash=base.hash[:10], metadata=metadata)
         files.write_safetensors(folder / f"{self.stem}.safetensors", content, metadata)
-        if self.roles == ["key", "value"] and not (self.settings.layer_norm and self.settings.activation != "linear"):
+        if self._for_webui:
             files.write_webui(folder / f"{self.stem}.pt", content)
 
     @classmethod

@@ -6,10 +6,8 @@ Only the new rows are parameters, laid over the frozen table (`finetune.model.te
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +56,10 @@ class TextualInversion(Method):
         return self.settings.subject or self.placeholder
 
     @property
+    def trigger(self) -> str:
+        return self.placeholder
+
+    @property
     def placeholder(self) -> str:
         """The new word."""
         return self.settings.placeholder or f"<my-{self.noun.replace(' ', '-')}>"
@@ -76,6 +78,9 @@ class TextualInversion(Method):
                              f"starting from “{self.settings.initializer or self.noun}”")]
 
     def attach(self, base: Base) -> list[Group]:
+        if self.settings.prior != "none":
+            raise Problem(f"--prior {self.settings.prior} is of no use to Textual Inversion.",
+                          "It changes no picture whose prompt lacks its word, so there is nothing to preserve.", "Leave --prior out.")
         if any(space in self.placeholder for space in " \t\n"):
             raise Problem(f"The placeholder {self.placeholder!r} contains a space.", "It must be one word.", "Use a dash: '<my-dog>'.")
         if self.placeholder not in self.subject:
@@ -98,11 +103,6 @@ class TextualInversion(Method):
 
     def condition(self, base: Base, captions: list[str]) -> Tensor:
         return encode(base, captions)
-
-    @contextlib.contextmanager
-    def detached(self, base: Base) -> Iterator[Any]:
-        """The class prompt lacks the new word, so the base is untouched as it is and the extra loss is zero."""
-        yield self.denoise
 
     @torch.no_grad()
     def after_step(self, base: Base) -> None:

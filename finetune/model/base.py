@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune import diffusion, runs
 from finetune.errors import Problem
-from finetune.model.families import Location, locate
+from finetune.model.families import WEIGHTS, Location, locate
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Base:
     Attributes:
         schedule: alpha-bar per training timestep, (T,) float32.
         prediction: what the network says: "epsilon" or "v_prediction".
-        hash: first 16 hex digits of the SHA-256 of the UNet's weights file.
+        hash: 16 hex digits over the weights files (see `runs.fingerprint`): other weights, other hash.
         resolution: native side of a picture in pixels.
         states: cache of text states per prompt, valid while the text encoder is frozen.
         placeholders: own tokens laid over the vocabulary: trigger -> list of tokens it expands to.
@@ -112,10 +112,9 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
 
 
 def _hash(location: Location) -> str:
-    path = location.path
-    if location.kind == "folder":
-        path = next(iter(sorted((path / "unet").glob("*.safetensors"))), path / "unet" / "config.json")
-    return runs.sha256(path)[:16]
+    if location.kind == "single-file":
+        return runs.fingerprint([location.path])
+    return runs.fingerprint([path for part in WEIGHTS for path in sorted((location.path / part).glob("*.safetensors"))])
 
 
 def _from_folder(path: Path, dtype: torch.dtype) -> Any:

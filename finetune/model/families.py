@@ -12,6 +12,7 @@ from finetune.errors import Problem
 from finetune.formats import header
 
 TOYBOX = Path(__file__).resolve().parent.parent / "toybox" / "weights" / "base"
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 TOYBOX_SHAPE = (160, [64, 128, 192])  # text width and UNet widths, see finetune.toybox.unet
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 WIDTH_KEY = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
@@ -88,7 +89,7 @@ def _hub_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.txt", "*.safetensors"]
+    wanted = ["model_index.json", "*/*.json", "*/*.txt", *(f"{part}/{name}.safetensors" for part, name in WEIGHTS.items())]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
     except LocalEntryNotFoundError:

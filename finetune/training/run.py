@@ -50,6 +50,9 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     device = pick_device(settings.device)
     _check_precision(settings, device)
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision), cpu=device.type == "cpu")
+    if accelerator.num_processes > 1:
+        raise Problem(f"This run was started as {accelerator.num_processes} processes.", "Training writes its folder from one process.",
+                      "Start it without torchrun or accelerate launch.")
     base = load(settings.model, accelerator.device)
     manifest = _manifest(settings, method, base, intake)
     runs.write_json(folder / "settings.json", settings.model_dump(mode="json") | {"method": method.name})
@@ -109,6 +112,8 @@ def _class_pictures(settings: TrainSettings, method: Method, base: Base, console
     if settings.prior != "images":
         return [], 0.0
     if settings.class_dir:
+        for file, reason in data.scan(settings.class_dir, settings.max_pixels, flag="--class-dir", captions=False).skipped:
+            console.print(f"class picture {file} is skipped: {reason}", soft_wrap=True)
         return data.own_class_images(settings.class_dir, settings.max_pixels), 0.0
     started = time.perf_counter()
     sampler = {"steps": settings.class_steps, "guidance": settings.class_guidance, "size": settings.resolution, "sampler": "dpm++"}
@@ -136,7 +141,9 @@ def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, so
             spent += progress.seconds
             losses.append(progress.loss)
             last = state.step == settings.steps
-            if state.step % settings.log_every == 0 or last:
+            stop = interrupted() and not last
+            keep = stop or bool(settings.checkpoint_every) and state.step % settings.checkpoint_every == 0
+            if state.step % settings.log_every == 0 or last or keep:
                 _log(folder, progress, losses, spent)
                 meter.to(state.step, loss=float(torch.stack(losses).mean()))
                 losses.clear()
@@ -144,8 +151,7 @@ def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, so
                 runs.append_metrics(folder, step=state.step, validation_loss=validation_loss(base, method, source, settings))
             if settings.preview_every and (state.step % settings.preview_every == 0 or last):
                 _preview(folder, settings, method, base, state.step)
-            stop = interrupted() and not last
-            if stop or settings.checkpoint_every and state.step % settings.checkpoint_every == 0:
+            if keep:
                 checkpoint.save(folder, state, values, settings.keep_checkpoints)
             if stop:
                 return spent, False
@@ -177,7 +183,7 @@ def _export(folder: Path, settings: TrainSettings, method: Method, base: Base, i
     """Artifact into a temporary folder, then in place of the old one; artifact.json says what the files are."""
     metadata = {"finetune.method": method.name, "finetune.base": base.name, "finetune.base_hash": base.hash,
                 "finetune.prediction_type": base.prediction, "finetune.steps": str(settings.steps), "finetune.seed": str(settings.seed),
-                "finetune.trigger": method.subject, "finetune.class_noun": method.noun, "finetune.resolution": str(settings.resolution),
+                "finetune.trigger": method.trigger, "finetune.class_noun": method.noun, "finetune.resolution": str(settings.resolution),
                 "finetune.pictures": str(len(intake.pictures)), "finetune.licence": "that of the base model",
                 "finetune.versions": ", ".join([f"finetune {finetune.__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)])}
     fresh, target = folder / ".artifact.part", folder / "artifact"
@@ -186,7 +192,7 @@ def _export(folder: Path, settings: TrainSettings, method: Method, base: Base, i
     method.export(base, fresh, metadata)
     files = [path for path in sorted(fresh.rglob("*")) if path.is_file()]
     runs.write_json(fresh / "artifact.json", {
-        "method": method.name, "trigger": method.subject, "class_noun": method.noun, "metadata": metadata,
+        "method": method.name, "trigger": method.trigger, "subject": method.subject, "class_noun": method.noun, "metadata": metadata,
         "files": [{"file": str(path.relative_to(fresh)), "bytes": path.stat().st_size, "sha256": runs.sha256(path)} for path in files]})
     if target.exists():
         target.rename(folder / ".artifact.old")
