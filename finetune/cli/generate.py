@@ -84,13 +84,13 @@ def load(settings: Settings, strengths: list[float]) -> tuple[Any, list[str | No
     import torch
 
     quiet.libraries()
-    from finetune.methods import load_artifact
+    from finetune.methods import load_artifacts
     from finetune.model import load as load_base
     from finetune.model.base import pick_device
 
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     base = load_base(settings.model, pick_device(settings.device), kinds[settings.precision])
-    return base, [load_artifact(base, path, strength).trigger for path, strength in zip(settings.artifact, strengths, strict=True)]
+    return base, [loaded.trigger for loaded in load_artifacts(base, list(zip(settings.artifact, strengths, strict=True)))]
 
 
 def sampling(settings: Settings, family: str) -> tuple[int, float]:

@@ -27,7 +27,8 @@ class Settings(BaseModel):
     text_steps: int | None = setting(None, "steps of the text encoder" + AS_SHIPPED, unit="steps", group="stages", ge=1)
     ruler_steps: int | None = setting(
         None, "steps of the classifier that measures the base" + AS_SHIPPED, unit="steps", group="stages", ge=1)
-    unet_steps: int = setting(8000, "steps of the UNet, 16 pictures each", unit="steps", group="stages", ge=1)
+    unet_steps: int = setting(6000, "steps of the UNet, 16 pictures each", unit="steps", group="stages", ge=1)
+    polish_steps: int | None = setting(None, "steps of the decoder alone, once the latents are written" + AS_SHIPPED, unit="steps", group="stages", ge=1)
     clip_steps: int | None = setting(None, "steps of the judge's CLIP" + AS_SHIPPED, unit="steps", group="stages", ge=1)
     encoder_steps: int | None = setting(None, "steps of the judge's image encoder" + AS_SHIPPED, unit="steps", group="stages", ge=1)
 
@@ -35,6 +36,7 @@ class Settings(BaseModel):
 def run(settings: Settings, console: Console) -> None:
     """All stages in order, each behind its gate; what is done already is skipped."""
     from finetune.cli import quiet
+    from finetune.toybox.package import package
     from finetune.toybox.pretrain import Plan, stages
     from finetune.toybox.unet import train_unet
 
@@ -43,5 +45,7 @@ def run(settings: Settings, console: Console) -> None:
     plan = Plan(**{name: value for name, value in sizes.items() if value is not None})
     stages(settings.work, lambda work: train_unet(work, settings.unet_steps, settings.seed, console), plan,
            lambda sentence: console.print(sentence, markup=False, soft_wrap=True))
-    console.print(f"Base: {settings.work / 'base'}   judge: {settings.work / 'judge'}", soft_wrap=True)
-    console.print(f"Use them with --model {settings.work / 'base'} --judge {settings.work / 'judge'}", soft_wrap=True)
+    weights = settings.work / "weights"
+    package(settings.work, weights, f"finetune pretrain toybox --seed {settings.seed} --unet-steps {settings.unet_steps}", settings.seed)
+    console.print(f"Base, judge and card: {weights}", soft_wrap=True)
+    console.print(f"Use them with --model {weights} --judge {weights / 'judge'}", soft_wrap=True)

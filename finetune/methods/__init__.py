@@ -55,7 +55,26 @@ def load_artifact(base: Base, path: Path | str, strength: float = 1.0) -> Loaded
     Raises:
         Problem: missing, of no known kind, or for a model of another width.
     """
-    path = Path(path).expanduser()
+    method, found = _kind(Path(path).expanduser())
+    return method.load(base, found, strength)
+
+
+def load_artifacts(base: Base, artifacts: list[tuple[Path, float]]) -> list[Loaded]:
+    """Put several (path, strength) onto a fresh base, whole networks first; results in the order given.
+
+    Raises:
+        Problem: as `load_artifact`, or two whole networks.
+    """
+    kinds = [(place, *_kind(Path(path).expanduser()), strength) for place, (path, strength) in enumerate(artifacts)]
+    whole = [found for _, method, found, _ in kinds if method.replaces]
+    if len(whole) > 1:
+        raise Problem(f"{whole[0]} and {whole[1]} are both whole networks.", "The second would replace the first.", "Load one of them.")
+    loaded = {place: method.load(base, found, strength) for place, method, found, strength in sorted(kinds, key=lambda kind: not kind[1].replaces)}
+    return [loaded[place] for place in range(len(artifacts))]
+
+
+def _kind(path: Path) -> tuple[type[Method], Path]:
+    """The method whose artifact lies at a path, and the file or folder to read."""
     if not path.exists():
         raise Problem(f"There is no artifact at {path}.", "", "Name the `artifact` folder of a run, or a file in it.")
     if (path / "artifact").is_dir() and (path / "manifest.json").is_file():
@@ -63,6 +82,6 @@ def load_artifact(base: Base, path: Path | str, strength: float = 1.0) -> Loaded
     for name in names():
         method = get(name)
         if (found := method.find(path)) is not None:
-            return method.load(base, found, strength)
+            return method, found
     raise Problem(f"{path} is no artifact that can be loaded.", "It is no LoRA, embedding, hypernetwork or diffusers folder.",
                   f"`finetune inspect {path}` says what it is.")

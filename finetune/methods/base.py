@@ -43,6 +43,8 @@ class Loaded:
 class Method(ABC):
     """One way to teach a model. Subclasses live one to a file and know neither the loop nor one another."""
 
+    replaces: ClassVar[bool] = False  # whether an artifact is a whole network and must be loaded before those that add to one
+
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]

@@ -43,6 +43,8 @@ class Settings(TrainSettings):
 class DreamBooth(Method):
     """The whole UNet trains; optionally the text encoder."""
 
+    replaces = True
+
     name = "dreambooth"
     title = "DreamBooth"
     paper = "Ruiz et al. 2023, arXiv 2208.12242"

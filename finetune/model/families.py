@@ -11,7 +11,7 @@ from typing import Literal
 from finetune.errors import Problem
 from finetune.formats import header
 
-TOYBOX = Path(__file__).resolve().parent.parent / "toybox" / "weights" / "base"
+TOYBOX = Path(__file__).resolve().parent.parent / "toybox" / "weights"
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 TOYBOX_SHAPE = (160, [64, 128, 192])  # text width and UNet widths, see finetune.toybox.unet
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

@@ -32,13 +32,13 @@ def halve(path: Path) -> None:
     path.chmod(0o644)  # safetensors writes for the owner alone; a package is for everyone
 
 
-def package(work: Path, target: Path, command: str = "finetune pretrain toybox") -> dict:
+def package(work: Path, target: Path, command: str = "finetune pretrain toybox", seed: int = 0) -> dict:
     """Write the weights of a finished work folder under `target`, replacing what is there.
 
     Args:
         work: where `pretrain.stages` ran to its end, UNet included.
         target: the folder to ship; holds a diffusers folder, `judge/`, `ruler.safetensors` and `card.json`.
-        command: what to run to make it again, for the card.
+        command, seed: what to run to make it again, for the card.
 
     Returns:
         The card: command, versions, seconds and measurements per stage, bytes per file.
@@ -61,7 +61,7 @@ def package(work: Path, target: Path, command: str = "finetune pretrain toybox")
     shutil.copy(work / "ruler.safetensors", partial / "ruler.safetensors")
     for path in sorted(partial.rglob("*.safetensors")):
         halve(path)
-    card = _card(work, partial, command)
+    card = _card(work, partial, command, seed)
     (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
@@ -87,7 +87,7 @@ def _save_base(base: Path, target: Path) -> None:
     save_tokenizer(tokenizer, target / "tokenizer")
 
 
-def _card(work: Path, folder: Path, command: str) -> dict:
+def _card(work: Path, folder: Path, command: str, seed: int) -> dict:
     stages = {}
     for note in sorted((work / "done").glob("*.json")):
         stages[note.stem] = json.loads(note.read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ def _card(work: Path, folder: Path, command: str) -> dict:
         )
     return {
         "command": command,
-        "seed": 0,
+        "seed": seed,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
