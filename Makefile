@@ -12,7 +12,7 @@ demo: install
 	$(VENV)/bin/finetune compare --instance-dir finetune/toybox/pictures/backpack --class-noun backpack --output demo
 
 test: install
-	$(VENV)/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
 docs: install
 	$(VENV)/bin/python -m finetune.cli.reference

@@ -38,7 +38,7 @@ class Settings(TrainSettings):
     layer_structure: str = setting("1,2,1", "widths of the MLP's layers as multiples of its input", group="method")
     activation: Literal["linear", "relu", "leakyrelu", "elu", "swish", "tanh", "sigmoid", "softsign", "mish"] = setting(
         "relu", "between the layers; the nine that both A1111 and ComfyUI know", group="method")
-    layer_norm: bool = setting(False, "layer norm after every layer (scale starts at 1)", group="method")
+    layer_norm: bool = setting(False, "layer norm after every layer; scales start at 1, the last at 0 so that step zero is the base", group="method")
     dropout: float = setting(0.0, "dropout before the last layer while training; never exported", group="method", ge=0, lt=1)
 
 

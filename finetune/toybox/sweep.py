@@ -1,6 +1,6 @@
 """Where the embedded base's recipes come from: every method at several rates, measured against the true subject.
 
-    python -m finetune.toybox.sweep --work sweep/ --steps 400 --subjects lilac-cat two-tone-mug
+    python -m finetune.toybox.sweep --work sweep/ --steps 400 --subjects lilac-cat coral-mug
 
 Runs on held-out subjects other than the demo's, so that the demo's recipe is not chosen by the demo's answer. For each
 run: oracle = mean cosine (judge's image encoder) between pictures of the eight scenes and the true subject drawn in
