@@ -57,7 +57,7 @@ def canonical(name: str) -> str:
 
 
 def foreign_path(name: str) -> tuple[str, str]:
-    """Component and the path other programs expect: `text_model.` put back (trap 1 of transformers >= 5.6)."""
+    """Component and the path other programs expect: `text_model.` put back, which transformers >= 5.6 dropped (docs/formats.md, "Traps")."""
     component, _, path = canonical(name).partition(".")
     if component != "unet" and path.startswith(("encoder.", "embeddings.", "final_layer_norm")):
         path = "text_model." + path

@@ -80,7 +80,7 @@ class Mlp(nn.Module):
 
 
 def make_activation(name: str) -> nn.Module:
-    """The module behind a name of the file format; "swish" is Hardswish there (formats.md 3.2)."""
+    """The module behind a name of the file format; "swish" is Hardswish there, as in A1111 and ComfyUI."""
     kinds = {"relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "elu": nn.ELU, "swish": nn.Hardswish, "tanh": nn.Tanh,
              "sigmoid": nn.Sigmoid, "softsign": nn.Softsign, "mish": nn.Mish}
     found = kinds.get(name) or next((getattr(nn, kind) for kind in nn.modules.activation.__all__ if kind.lower() == name), None)

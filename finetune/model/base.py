@@ -131,7 +131,7 @@ def _from_folder(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _from_file(location: Location, dtype: torch.dtype) -> Any:
-    """Single LDM file, offline, with our own configuration folder (formats.md trap 9)."""
+    """Single LDM file, offline, with our own configuration folder: without one diffusers asks the network even in offline mode."""
     from diffusers import StableDiffusionPipeline
 
     from finetune.model.configs import config_folder

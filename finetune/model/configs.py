@@ -60,7 +60,7 @@ def config_folder(checkpoint: Path, family: str) -> Iterator[Path]:
 
 
 def predicts_v(checkpoint: Path) -> bool:
-    """Whether an SD 2.x checkpoint predicts v: by the .yaml beside it, else by ComfyUI's statistic (formats.md 4.3)."""
+    """Whether an SD 2.x checkpoint predicts v: by the .yaml beside it, else by ComfyUI's statistic (docs/formats.md, "Single checkpoint")."""
     beside = checkpoint.with_suffix(".yaml")
     if beside.is_file():
         return any(line.split("#")[0].replace('"', "").replace("'", "").split() == ["parameterization:", "v"]

@@ -1,6 +1,6 @@
 """How to load each artifact: lines to copy, and which programs read which of its files.
 
-What each program reads was established by running or reading its loader; docs/formats.md has the evidence.
+What each program reads was established by running or reading its loader; docs/formats.md ("How this was established") says which.
 """
 
 from __future__ import annotations

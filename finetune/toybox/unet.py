@@ -27,7 +27,7 @@ CHANNELS = (64, 128, 192)
 
 
 def make_unet(context_width: int) -> UNet2DConditionModel:
-    """Stable Diffusion 1's classes at a hundredth of its size; no width equals the text's (formats.md 3.1)."""
+    """Stable Diffusion 1's classes at a hundredth of its size; no width equals the text's (docs/formats.md, "Hypernetwork .pt")."""
     return UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=CHANNELS,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
