@@ -30,11 +30,11 @@ from finetune.toybox.subjects import SUBJECTS, Subject, oracle, save_references
 from finetune.toybox.world import SCENE_NAMES
 
 GRID: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
-    "dreambooth": ("dreambooth", {}, (5e-5, 1e-4, 2e-4)),
-    "textual-inversion": ("textual-inversion", {}, (5e-3, 1e-2, 2e-2)),
-    "lora": ("lora", {}, (5e-4, 1e-3, 2e-3)),
-    "hypernetwork-key-value": ("hypernetwork", {"transform": "key,value"}, (3e-4, 1e-3, 3e-3)),
-    "hypernetwork-key-query": ("hypernetwork", {"transform": "key,query"}, (3e-4, 1e-3, 3e-3)),
+    "textual-inversion": ("textual-inversion", {}, (5e-3, 1e-2)),
+    "lora": ("lora", {}, (1e-3, 2e-3)),
+    "hypernetwork-key-value": ("hypernetwork", {"transform": "key,value"}, (1e-3, 3e-3)),
+    "hypernetwork-key-query": ("hypernetwork", {"transform": "key,query"}, (1e-3, 3e-3)),
+    "dreambooth": ("dreambooth", {}, (1e-4, 2e-4)),
 }
 OTHERS = ("a photo of a red car in the city", "a photo of a blue duck on the beach", "a photo of a green bottle on a table",
           "a photo of a brown house in the snow", "a photo of a yellow ball in the desert", "a drawing of a purple teapot")
