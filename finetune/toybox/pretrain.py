@@ -1,6 +1,6 @@
 """Build the embedded base and its judge from nothing, one stage after the other, each behind a gate.
 
-    pictures -> autoencoder -> text encoder -> latents and captions (READY) -> ruler -> polished decoder -> UNet -> judge
+    pictures -> autoencoder -> text encoder -> latents and captions (READY) -> ruler -> decoder -> colours -> UNet -> judge
 
 Every stage leaves `WORK/done/<stage>.json` with its seconds and what was measured; a stage that has one is skipped, a
 stage that was interrupted goes on from its checkpoint. The UNet is trained by the project's own loop, which the
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from finetune.errors import Problem
-from finetune.toybox import autoencoder, base, datasets, encoder, judge, text, tokenizer
+from finetune.toybox import autoencoder, base, broaden, datasets, encoder, judge, text, tokenizer
 from finetune.toybox import ruler as rulers
 from finetune.toybox.measure import measure_base
 from finetune.toybox.world import Picture
@@ -36,6 +36,7 @@ class Plan:
     unseen: int = 1000
     vae_steps: int = 4600
     polish_steps: int = 900
+    broaden_steps: int = 1600
     text_steps: int = 500
     soft: int = 4000
     ruler_steps: int = 900
@@ -48,10 +49,15 @@ class Plan:
 # What a stage must reach before the next may start: the name of the measurement and its least value.
 GATES: dict[str, dict[str, float]] = {
     "polish": {"psnr": 28.0},
+    "broaden": {"psnr": 28.0},
     "text": {"least probe": 0.99},
     "ruler": {"class": 0.95},
     "judge": {"class": 0.80, "same subject": 0.95},
 }
+
+
+# Stages that train more than one network, by the names of their logs and checkpoints.
+_TRAININGS = {"judge": ("clip", "encoder")}
 
 
 class Stages:
@@ -82,7 +88,7 @@ class Stages:
         Raises:
             Problem: a stage ended below its gate.
         """
-        order = ("vae", "text", "ready", "soft", "ruler", "polish", "unet", "judge", "measure")
+        order = ("vae", "text", "ready", "soft", "ruler", "polish", "broaden", "unet", "judge", "measure")
         wanted = names or order
         return {name: self._once(name) for name in order if name in wanted}
 
@@ -92,7 +98,7 @@ class Stages:
             self.say(f"toybox: {name} is done already")
             return json.loads(note.read_text(encoding="utf-8"))["measured"]
         self.say(f"toybox: {name} ...")
-        start = time.monotonic()
+        start = time.monotonic() - self._seconds_before(name)
         measured = getattr(self, f"_{name}")() or {}
         seconds = round(time.monotonic() - start, 1)
         for gate, least in GATES.get(name, {}).items():
@@ -105,6 +111,12 @@ class Stages:
         note.write_text(json.dumps({"seconds": seconds, "measured": measured}, indent=2) + "\n", encoding="utf-8")
         self.say(f"toybox: {name} took {seconds:.0f} s: {measured}")
         return measured
+
+    def _seconds_before(self, name: str) -> float:
+        """Seconds an interrupted stage has spent already, from the logs of the trainings that left a checkpoint."""
+        left = [log for log in _TRAININGS.get(name, (name,)) if (self.work / f"{log}.ckpt").exists()]
+        lines = [(self.work / f"{log}.jsonl").read_text(encoding="utf-8").splitlines()[-1] for log in left]
+        return sum(json.loads(line)["seconds"] for line in lines)
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -152,6 +164,24 @@ class Stages:
         autoencoder.polish(vae, latents, pixels, self.work, steps=self.plan.polish_steps, seed=self.plan.seed)
         vae.to(memory_format=torch.contiguous_format).save_pretrained(self.base / "vae")
         return {"psnr": autoencoder.measure(vae, self.unseen()[0]), "psnr before": before}
+
+    def _broaden(self) -> Measured:
+        """Colours outside the palette; unseen families measure what a subject would lose."""
+        pixels, _ = self.training()
+        latents = load_file(self.work / "latents.safetensors")
+        colourful = encoder.families(self.work, self.plan.families, self.plan.seed).reshape(-1, 3, 64, 64)
+        strangers = encoder.families(self.work, 40, self.plan.seed + 1).reshape(-1, 3, 64, 64)
+        vae = self._load_vae()
+        before = autoencoder.measure(vae, strangers)
+        broaden.broaden(vae, latents, pixels, colourful, self.work, steps=self.plan.broaden_steps, seed=self.plan.seed)
+        vae.to(memory_format=torch.contiguous_format).save_pretrained(self.base / "vae")
+        (self.work / "broaden.ckpt").unlink(missing_ok=True)
+        return {
+            "psnr": autoencoder.measure(vae, self.unseen()[0]),
+            "psnr of any colours": autoencoder.measure(vae, strangers),
+            "psnr of any colours before": before,
+            "latents moved": broaden.moved(vae, latents, pixels),
+        }
 
     @torch.no_grad()
     def _soft(self) -> None:
