@@ -36,7 +36,7 @@ class Plan:
     unseen: int = 1000
     vae_steps: int = 4600
     polish_steps: int = 900
-    broaden_steps: int = 1600
+    broaden_steps: int = 1000
     text_steps: int = 500
     soft: int = 4000
     ruler_steps: int = 900
