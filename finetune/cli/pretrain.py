@@ -27,7 +27,7 @@ class Settings(BaseModel):
     text_steps: int | None = setting(None, "steps of the text encoder" + AS_SHIPPED, unit="steps", group="stages", ge=1)
     ruler_steps: int | None = setting(
         None, "steps of the classifier that measures the base" + AS_SHIPPED, unit="steps", group="stages", ge=1)
-    unet_steps: int = setting(6000, "steps of the UNet, 16 pictures each", unit="steps", group="stages", ge=1)
+    unet_steps: int = setting(5200, "steps of the UNet, 16 pictures each", unit="steps", group="stages", ge=1)
     polish_steps: int | None = setting(None, "steps of the decoder alone, once the latents are written" + AS_SHIPPED, unit="steps", group="stages", ge=1)
     clip_steps: int | None = setting(None, "steps of the judge's CLIP" + AS_SHIPPED, unit="steps", group="stages", ge=1)
     encoder_steps: int | None = setting(None, "steps of the judge's image encoder" + AS_SHIPPED, unit="steps", group="stages", ge=1)

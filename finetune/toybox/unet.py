@@ -83,7 +83,7 @@ class LatentSource:
         return self._permutation
 
 
-def train_unet(work: Path, steps: int = 6000, seed: int = 0, console: Console | None = None, log_every: int = 50, save_every: int = 400) -> dict[str, float]:
+def train_unet(work: Path, steps: int = 5200, seed: int = 0, console: Console | None = None, log_every: int = 50, save_every: int = 400) -> dict[str, float]:
     """Train WORK/base/unet with the fifth strategy; restartable: goes on from its newest checkpoint in WORK/unet.
 
     The averaged weights so far lie in WORK/base/unet-trained after every save; at the end they become WORK/base/unet.
