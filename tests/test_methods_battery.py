@@ -200,7 +200,7 @@ def test_resumed_equals_uninterrupted(case: str, finished: dict[str, Path], tiny
 def test_export_new_process_load_same_latents(finished: dict[str, Path], tiny_model: Path, pictures_dir: Path, tmp_path: Path) -> None:
     """What the trained model in memory draws, a fresh process draws from the artifact alone."""
     expected: dict[str, torch.Tensor] = {}
-    for case, folder in finished.items():
+    for case in finished:
         trial = Trial(case, tiny_model, pictures_dir, tmp_path / case)
         if CASES[case][1].get("prior") == "images":
             continue  # its class pictures come from the cache; the loaded weights are compared below

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -86,7 +85,7 @@ def parameter(found: Setting) -> inspect.Parameter:
         needed = found.default is PydanticUndefined
         return inspect.Parameter(
             found.key, inspect.Parameter.KEYWORD_ONLY, default=inspect.Parameter.empty if needed else None,
-            annotation=Annotated[kind if needed else Optional[kind], typer.Argument(metavar=found.key.upper())])
+            annotation=Annotated[kind if needed else kind | None, typer.Argument(metavar=found.key.upper())])
     name = f"{found.flag}/--no-{found.flag[2:]}" if kind is bool else found.flag
     return option(found.key, kind, name)
 
@@ -94,4 +93,4 @@ def parameter(found: Setting) -> inspect.Parameter:
 def option(key: str, kind: Any, name: str) -> inspect.Parameter:
     """An option that is None unless given."""
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None,
-                             annotation=Annotated[Optional[kind], typer.Option(name)])
+                             annotation=Annotated[kind | None, typer.Option(name)])

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from finetune.errors import Problem
 from finetune.formats import header
 from finetune.formats import hypernetwork as files
-from finetune.formats.hypernetwork_layers import ACTIVATIONS
 from finetune.methods.base import Group, Loaded, Method, bytes_per_number, export_dtype, files_of
 from finetune.model.base import Base
 from finetune.settings import TrainSettings, setting
