@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test docs install clean
 
 demo: install
-	$(VENV)/bin/finetune compare --instance-dir finetune/toybox/pictures/mug --class-noun mug --output demo
+	$(VENV)/bin/finetune compare --instance-dir finetune/toybox/pictures/cat --class-noun cat --output demo
 
 test: install
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile

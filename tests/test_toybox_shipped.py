@@ -19,7 +19,7 @@ from finetune.toybox.ruler import Ruler
 from finetune.toybox.subjects import SUBJECTS, reference_pictures
 
 WEIGHTS = Path(finetune.toybox.__file__).parent / "weights"
-PICTURES = Path(finetune.toybox.__file__).parent / "pictures" / "mug"
+PICTURES = Path(finetune.toybox.__file__).parent / "pictures" / "cat"
 
 
 def test_it_draws_what_the_prompt_says() -> None:
@@ -48,14 +48,14 @@ def test_the_card_holds_the_bars_of_a_first_version() -> None:
 
 def test_the_judge_tells_the_subject_from_its_class() -> None:
     judge = open_judge("toybox")
-    mine = judge.encode(reference_pictures(SUBJECTS["coral-mug"], 4, seed=3))
+    mine = judge.encode(reference_pictures(SUBJECTS["lilac-cat"], 4, seed=3))
     shipped = judge.encode([Image.open(path).convert("RGB") for path in sorted(PICTURES.glob("*.png"))])
-    other = judge.encode(reference_pictures(SUBJECTS["lilac-cat"], 4, seed=3))
+    other = judge.encode(reference_pictures(SUBJECTS["teal-backpack"], 4, seed=3))
     assert (mine @ shipped.T).mean() > 0.8 > 0.4 > (other @ shipped.T).mean()
 
 
 def test_the_subject_is_the_packaged_one() -> None:
-    drawn = reference_pictures(SUBJECTS["coral-mug"])
+    drawn = reference_pictures(SUBJECTS["lilac-cat"])
     for picture, path in zip(drawn, sorted(PICTURES.glob("*.png")), strict=True):
         assert np.array_equal(np.asarray(picture), np.asarray(Image.open(path).convert("RGB")))
 
@@ -63,12 +63,12 @@ def test_the_subject_is_the_packaged_one() -> None:
 def test_commands_as_typed_on_the_embedded_base(tmp_path: Path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
     assert locate("toybox").family == "toybox"
-    assert run(["lora", "--instance-dir", str(PICTURES), "--class-noun", "mug", "--rank", "4", "--steps", "3", "--preview-every", "0"]) == 0
+    assert run(["lora", "--instance-dir", str(PICTURES), "--class-noun", "cat", "--rank", "4", "--steps", "3", "--preview-every", "0"]) == 0
     told = capfd.readouterr().out
-    for words in ("5 pictures to learn from", "“a photo of a sks mug”", "27,392 of", "alpha 4 / rank 4 = 1", "12 pictures in 3 steps of 4"):
+    for words in ("5 pictures to learn from", "“a photo of a sks cat”", "27,392 of", "alpha 4 / rank 4 = 1", "12 pictures in 3 steps of 4"):
         assert words in told.replace("\n", " "), words
     manifest = runs.read_json(tmp_path / "runs" / "lora-1" / "manifest.json")
     assert (manifest["status"], manifest["trainable_parameters"], manifest["pictures_seen"]) == ("finished", 27392, 12)
-    assert run(["generate", "--artifact", "runs/lora-1/artifact", "--prompt", "a photo of a sks mug in the snow", "--count", "2", "--steps", "4"]) == 0
+    assert run(["generate", "--artifact", "runs/lora-1/artifact", "--prompt", "a photo of a sks cat in the snow", "--count", "2", "--steps", "4"]) == 0
     one, two = (np.asarray(Image.open(path)) for path in sorted((tmp_path / "pics").glob("*.png")))
     assert one.shape == (64, 64, 3) and not np.array_equal(one, two)
