@@ -129,8 +129,9 @@ class TextualInversion(Method):
         files.sort(key=lambda file: file.name != "learned_embeds.safetensors")
         for file in files:
             if file.suffix == ".safetensors":
-                tensors = header.read_header(file).tensors
-                if tensors.keys() & {"emb_params", "emp_params"} or len(tensors) == 1 and len(next(iter(tensors.values())).shape) <= 2:
+                found = header.read_header(file)
+                tensors, plain = found.tensors, "finetune.format" not in found.metadata  # a lone tensor of no other method's file
+                if tensors.keys() & {"emb_params", "emp_params"} or plain and len(tensors) == 1 and len(next(iter(tensors.values())).shape) <= 2:
                     return file
         return next((file for file in files if file.suffix in (".pt", ".bin") and _holds_embedding(file)), None)
 
