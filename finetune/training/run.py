@@ -112,9 +112,10 @@ def _class_pictures(settings: TrainSettings, method: Method, base: Base, console
     if settings.prior != "images":
         return [], 0.0
     if settings.class_dir:
-        for file, reason in data.scan(settings.class_dir, settings.max_pixels, flag="--class-dir", captions=False).skipped:
+        found = data.scan(settings.class_dir, settings.max_pixels, flag="--class-dir", captions=False)
+        for file, reason in found.skipped:
             console.print(f"class picture {file} is skipped: {reason}", soft_wrap=True)
-        return data.own_class_images(settings.class_dir, settings.max_pixels), 0.0
+        return found.pictures or data.own_class_images(settings.class_dir, settings.max_pixels), 0.0  # the latter refuses
     started = time.perf_counter()
     sampler = {"steps": settings.class_steps, "guidance": settings.class_guidance, "size": settings.resolution, "sampler": "dpm++"}
     cache = Path(os.environ.get("FINETUNE_CACHE", "~/.cache/finetune")).expanduser() / "class-images"
