@@ -26,8 +26,8 @@ from finetune.errors import Problem
 from finetune.evaluation import crossed, statistics
 
 ALPHA = 0.05
-COSTS = {"training_seconds": "seconds.training", "seconds_per_step": "seconds.per_step", "peak_memory_bytes": "peak_memory_bytes",
-         "trainable_parameters": "trainable_parameters", "artifact_bytes": "artifact.bytes"}
+COSTS = {"training_seconds": "seconds.training", "training_cpu_seconds": "seconds.training_cpu", "seconds_per_step": "seconds.per_step",
+         "peak_memory_bytes": "peak_memory_bytes", "trainable_parameters": "trainable_parameters", "artifact_bytes": "artifact.bytes"}
 # What two cells must share to be one study: name, where it is told, and how it is taken from there.
 ALIKE: tuple[tuple[str, Callable[[Any], Any]], ...] = (
     ("base (model_hash)", lambda cell: cell.info.get("model_hash")),

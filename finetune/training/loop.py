@@ -48,6 +48,7 @@ class Progress:
     grad_norm: Tensor | None
     learning_rate: float
     seconds: float
+    cpu_seconds: float
 
 
 def prepare(base: Base, method: Method, settings: Any, accelerator: Accelerator) -> State:
@@ -104,7 +105,7 @@ def fit(base: Base, method: Method, source: Source, settings: Any, accelerator: 
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     while state.step < settings.steps:
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         _training_mode(base, method)
         total = torch.zeros((), device=base.device)
         for micro in range(settings.accumulate):
@@ -124,7 +125,7 @@ def fit(base: Base, method: Method, source: Source, settings: Any, accelerator: 
         state.optimizer.zero_grad(set_to_none=True)
         method.after_step(base)
         state.step += 1
-        yield Progress(state.step, total, norm, rate, time.perf_counter() - started)
+        yield Progress(state.step, total, norm, rate, time.perf_counter() - started, time.process_time() - busy)
 
 
 def loss_of(base: Base, method: Method, batch: Any, settings: Any) -> Tensor:

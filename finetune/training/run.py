@@ -37,9 +37,10 @@ from finetune.training.meter import Meter
 
 @dataclass(frozen=True)
 class Ending:
-    """How the steps ended: seconds inside them, and why: all were taken, the loss has settled, or a signal came."""
+    """How the steps ended: seconds inside them by the clock and of all cores, and why: all were taken, the loss has settled, or a signal came."""
 
     seconds: float
+    cpu_seconds: float
     reason: Literal["steps", "dvar", "signal"]
 
 
@@ -81,7 +82,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
             return folder
         artifacts.export(folder, settings, method, base, len(intake.pictures), state.step)
     seconds = {"total": time.perf_counter() - started, "training": ending.seconds, "class_images": class_seconds,
-               "per_step": ending.seconds / state.step}
+               "per_step": ending.seconds / state.step, "training_cpu": ending.cpu_seconds}
     manifest |= _length(settings, state.step)
     if ending.reason == "dvar":
         manifest["stopped"] = {"reason": "dvar", "step": state.step, "planned": settings.steps}
@@ -145,16 +146,17 @@ def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, so
            console: Console) -> Ending:
     """All steps, or fewer when the loss has settled, with logging, validation, previews, artifacts and checkpoints."""
     metrics = runs.read_metrics(folder)
-    spent = next((line["seconds"] for line in reversed(metrics) if "seconds" in line), 0.0)
+    last_line = next((line for line in reversed(metrics) if "seconds" in line), {})
+    spent, busy = last_line.get("seconds", 0.0), last_line.get("cpu_seconds", 0.0)
     watched = stopping.looked_at(metrics, settings.validate_every) if settings.validate_every else []
     if state.step == 0 and settings.validate_every:
         watched.append(_validate(folder, settings, method, base, source, 0))
     if _settled(settings, watched):  # a run that had settled is resumed: its checkpoint is where it ends
-        return Ending(spent, "dvar")
+        return Ending(spent, busy, "dvar")
     values, losses = settings.model_dump(mode="json"), []
     with _interrupts() as interrupted, Meter(console, method.name, settings.steps, state.step) as meter:
         for progress in fit(base, method, source, settings, accelerator, state):
-            spent += progress.seconds
+            spent, busy = spent + progress.seconds, busy + progress.cpu_seconds
             losses.append(progress.loss)
             last = state.step == settings.steps
             if _due(settings.validate_every, state.step, last):
@@ -166,7 +168,7 @@ def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, so
             artifact = _due(settings.export_every, state.step, last)
             keep = signalled or done or _due(settings.checkpoint_every, state.step)
             if state.step % settings.log_every == 0 or last or keep or artifact:
-                _log(folder, progress, losses, spent)
+                _log(folder, progress, losses, spent, busy)
                 meter.to(state.step, loss=float(torch.stack(losses).mean()))
                 losses.clear()
             if _due(settings.preview_every, state.step, last):
@@ -176,8 +178,8 @@ def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, so
             if keep:
                 checkpoint.save(folder, state, values, settings.keep_checkpoints)
             if done or signalled:
-                return Ending(spent, "dvar" if done else "signal")
-    return Ending(spent, "steps")
+                return Ending(spent, busy, "dvar" if done else "signal")
+    return Ending(spent, busy, "steps")
 
 
 def _due(every: int, step: int, last: bool = False) -> bool:
@@ -197,11 +199,11 @@ def _validate(folder: Path, settings: TrainSettings, method: Method, base: Base,
     return loss
 
 
-def _log(folder: Path, progress: Progress, losses: list[torch.Tensor], spent: float) -> None:
+def _log(folder: Path, progress: Progress, losses: list[torch.Tensor], spent: float, busy: float) -> None:
     """One line of metrics: the mean loss since the last line, and the sums so far."""
     norm = None if progress.grad_norm is None else float(progress.grad_norm)
     runs.append_metrics(folder, step=progress.step, loss=float(torch.stack(losses).mean()), learning_rate=progress.learning_rate,
-                        grad_norm=norm, seconds=round(spent, 4))
+                        grad_norm=norm, seconds=round(spent, 4), cpu_seconds=round(busy, 4))
 
 
 def _preview(folder: Path, settings: TrainSettings, method: Method, base: Base, step: int) -> None:
