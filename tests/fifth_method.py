@@ -20,6 +20,7 @@ from finetune.formats import header
 from finetune.formats.tensors import load_tensors, save_tensors
 from finetune.methods.base import Group, Loaded, Method, bytes_per_number, export_dtype, files_of
 from finetune.model.base import Base
+from finetune.model.conditioning import Cond
 from finetune.settings import TrainSettings, setting
 
 
@@ -54,8 +55,8 @@ class Norms(Method):
     @contextlib.contextmanager
     def detached(self, base: Base) -> Iterator[Any]:
         """The base with its own norms, for --prior distill; nothing is overwritten, for a graph may need the trained ones."""
-        def teacher(base: Base, noisy: Tensor, timesteps: Tensor, cond: Tensor) -> Tensor:
-            return functional_call(base.unet, self._start, (noisy, timesteps), {"encoder_hidden_states": cond}).sample
+        def teacher(base: Base, noisy: Tensor, timesteps: Tensor, cond: Cond) -> Tensor:
+            return functional_call(base.unet, self._start, (), base.question(noisy, timesteps, cond)).sample
 
         yield teacher
 

@@ -1,6 +1,6 @@
 """The questions a method answers. The loop asks them; most have a default answer.
 
-B rows, C latent channels, H and W latent height and width, L tokens, D text width.
+B rows, C latent channels, H and W latent height and width.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from finetune.errors import Problem
 from finetune.model.base import Base
+from finetune.model.conditioning import Cond
 from finetune.model.text import encode_cached
 from finetune.settings import TrainSettings
 
@@ -91,13 +92,13 @@ class Method(ABC):
     def attach(self, base: Base) -> list[Group]:
         """Change the model, once, and return what to train. Must leave the model's output as it was."""
 
-    def condition(self, base: Base, captions: list[str]) -> Tensor:
-        """Captions to text states (B, L, D)."""
+    def condition(self, base: Base, captions: list[str]) -> Cond:
+        """Captions to text states."""
         return encode_cached(base, captions)
 
-    def denoise(self, base: Base, noisy: Tensor, timesteps: Tensor, cond: Tensor) -> Tensor:
+    def denoise(self, base: Base, noisy: Tensor, timesteps: Tensor, cond: Cond) -> Tensor:
         """The network's word on noisy latents (B, C, H, W)."""
-        return base.unet(noisy, timesteps, encoder_hidden_states=cond).sample
+        return base.ask(noisy, timesteps, cond)
 
     @contextlib.contextmanager
     def detached(self, base: Base) -> Iterator[Any]:

@@ -21,6 +21,7 @@ from finetune.formats.folder import finish_diffusers_folder
 from finetune.methods.base import Group, Loaded, Method, bytes_per_number, export_dtype
 from finetune.methods.ema import Ema
 from finetune.model.base import Base
+from finetune.model.conditioning import Cond
 from finetune.model.text import encode, encode_cached
 from finetune.runs import read_json, write_json
 from finetune.settings import TrainSettings, setting
@@ -52,9 +53,9 @@ class DreamBooth(Method):
 
     def attach(self, base: Base) -> list[Group]:
         self._teacher = copy.deepcopy(base.unet).requires_grad_(False) if self.settings.prior == "distill" else None
-        self._class_states: dict[str, Tensor] = {}
+        self._class_states: Cond | None = None
         if self.settings.prior == "distill":
-            self._class_states[self.class_prompt] = encode_cached(base, [self.class_prompt])[0].clone()
+            self._class_states = encode_cached(base, [self.class_prompt]).clone()
         groups = [Group({f"unet.{name}": value for name, value in base.unet.named_parameters()})]
         if self.settings.train_text_encoder:
             text = {f"text_encoder.{name}": value for name, value in base.text_encoder.named_parameters()}
@@ -63,7 +64,7 @@ class DreamBooth(Method):
         self._ema = Ema(every, self.settings.ema_decay) if self.settings.ema_decay else None
         return groups
 
-    def condition(self, base: Base, captions: list[str]) -> Tensor:
+    def condition(self, base: Base, captions: list[str]) -> Cond:
         return encode(base, captions) if self.settings.train_text_encoder else encode_cached(base, captions)
 
     def training_modules(self, base: Base) -> list[nn.Module]:
@@ -71,9 +72,8 @@ class DreamBooth(Method):
 
     @contextlib.contextmanager
     def detached(self, base: Base) -> Iterator[Any]:
-        def teacher(base: Base, noisy: Tensor, timesteps: Tensor, cond: Tensor) -> Tensor:
-            states = self._class_states[self.class_prompt].expand(len(noisy), -1, -1)
-            return self._teacher(noisy, timesteps, encoder_hidden_states=states).sample
+        def teacher(base: Base, noisy: Tensor, timesteps: Tensor, cond: Cond) -> Tensor:
+            return self._teacher(**base.question(noisy, timesteps, self._class_states.expand(len(noisy)))).sample
 
         yield teacher
 

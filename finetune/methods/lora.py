@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.errors import Problem
 from finetune.formats import header
 from finetune.formats import lora as files
 from finetune.methods.base import Group, Loaded, Method, bytes_per_number, export_dtype, files_of
 from finetune.model.base import Base
+from finetune.model.conditioning import Cond
 from finetune.model.text import encode, encode_cached
 from finetune.runs import read_json
 from finetune.settings import TrainSettings, setting
@@ -118,7 +119,7 @@ class Lora(Method):
             raise Problem(f"--rank {self.settings.rank} is larger than the narrowest chosen layer, which is {narrow} wide.",
                           "A larger rank than that adds numbers but no freedom.", f"Use --rank {narrow} or less.")
 
-    def condition(self, base: Base, captions: list[str]) -> Tensor:
+    def condition(self, base: Base, captions: list[str]) -> Cond:
         return encode(base, captions) if self.settings.text_encoder_rank else encode_cached(base, captions)
 
     def training_modules(self, base: Base) -> list[nn.Module]:

@@ -17,6 +17,7 @@ from finetune.errors import Problem
 from finetune.methods.base import Group, Loaded, Method
 from finetune.methods.ema import Ema
 from finetune.model.base import Base
+from finetune.model.conditioning import Cond
 from finetune.model.text import encode
 from finetune.settings import TrainSettings, setting
 
@@ -53,7 +54,7 @@ class Pretrain(Method):
         return [Group(parameters)]
 
     @torch.no_grad()
-    def condition(self, base: Base, captions: list[str]) -> Tensor:
+    def condition(self, base: Base, captions: list[str]) -> Cond:
         """Encoded anew each time: a cache of hundreds of thousands of captions would not fit."""
         return encode(base, captions)
 

@@ -17,6 +17,7 @@ from finetune.errors import Problem
 from finetune.formats import embedding, header
 from finetune.methods.base import Group, Loaded, Method, files_of
 from finetune.model.base import Base
+from finetune.model.conditioning import Cond
 from finetune.model.text import add_tokens, encode
 from finetune.settings import TrainSettings, setting
 
@@ -101,7 +102,7 @@ class TextualInversion(Method):
         ids = [ids[number % len(ids)] for number in range(self.settings.vectors)]
         return base.text_encoder.get_input_embeddings().weight[ids].detach()
 
-    def condition(self, base: Base, captions: list[str]) -> Tensor:
+    def condition(self, base: Base, captions: list[str]) -> Cond:
         return encode(base, captions)
 
     @torch.no_grad()

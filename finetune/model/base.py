@@ -12,6 +12,7 @@ from torch import Tensor
 
 from finetune import diffusion, runs
 from finetune.errors import Problem
+from finetune.model.conditioning import Cond
 from finetune.model.families import WEIGHTS, Location, locate
 
 
@@ -24,8 +25,9 @@ class Base:
         prediction: what the network says: "epsilon" or "v_prediction".
         hash: 16 hex digits over the weights files (see `runs.fingerprint`): other weights, other hash.
         resolution: native side of a picture in pixels.
-        states: cache of text states per prompt, valid while the text encoder is frozen.
+        states: cache of text states per prompt, valid while the text encoders are frozen.
         placeholders: own tokens laid over the vocabulary: trigger -> list of tokens it expands to.
+        text_encoder_2, tokenizer_2: SDXL's second pair, None elsewhere.
     """
 
     name: str
@@ -40,8 +42,10 @@ class Base:
     hash: str
     device: torch.device
     resolution: int
-    states: dict[str, Tensor] = field(default_factory=dict)
+    states: dict[str, Cond] = field(default_factory=dict)
     placeholders: dict[str, list[str]] = field(default_factory=dict)
+    text_encoder_2: Any = None
+    tokenizer_2: Any = None
 
     @property
     def family(self) -> str:
@@ -53,8 +57,44 @@ class Base:
         return self.unet.config.cross_attention_dim
 
     def modules(self) -> dict[str, Any]:
-        """The three networks by name."""
-        return {"unet": self.unet, "text_encoder": self.text_encoder, "vae": self.vae}
+        """The networks by name; SDXL has a second text encoder."""
+        found = {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2, "vae": self.vae}
+        return {name: module for name, module in found.items() if module is not None}
+
+    def encoders(self) -> list[tuple[str, Any, Any]]:
+        """(name, text encoder, its tokenizer) of each text encoder, in the order their states are joined."""
+        pairs = [("text_encoder", self.text_encoder, self.tokenizer), ("text_encoder_2", self.text_encoder_2, self.tokenizer_2)]
+        return [pair for pair in pairs if pair[1] is not None]
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Side of the square of pixels that one latent stands for: 8 in every published model."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def ask(self, noisy: Tensor, timesteps: Tensor, cond: Cond, *, size: int | tuple[int, int] | None = None, extra: Tensor | None = None) -> Tensor:
+        """The network's word on noisy latents, epsilon or v, (B, 4, H, W). Arguments as `question`."""
+        return self.unet(**self.question(noisy, timesteps, cond, size=size, extra=extra)).sample
+
+    def question(self, noisy: Tensor, timesteps: Tensor, cond: Cond, *, size: int | tuple[int, int] | None = None,
+                 extra: Tensor | None = None) -> dict[str, Any]:
+        """The UNet's arguments, for whoever asks another UNet of the same kind (a frozen teacher, say).
+
+        SDXL is told the picture's size besides (micro-conditioning, Podell et al. 2023, sec. 2.2): original size, crop
+        and target size, here the same size twice and no crop.
+
+        Args:
+            noisy: (B, 4, H, W). timesteps: (B,) or a scalar.
+            size: side or (height, width) in pixels; None takes that of the latents.
+            extra: (B, C, H, W), channels after the latents: mask and masked latents for inpainting (5), a depth map (1).
+        """
+        found = {"sample": noisy if extra is None else torch.cat([noisy, extra.to(noisy)], dim=1), "timestep": timesteps,
+                 "encoder_hidden_states": cond.states}
+        if cond.pooled is not None:
+            scale = self.pixels_per_latent
+            height, width = (size, size) if isinstance(size, int) else size or (scale * noisy.shape[-2], scale * noisy.shape[-1])
+            ids = torch.tensor([[height, width, 0, 0, height, width]], device=noisy.device, dtype=cond.pooled.dtype)
+            found["added_cond_kwargs"] = {"text_embeds": cond.pooled, "time_ids": ids.expand(len(noisy), -1)}
+        return found
 
     def freeze(self) -> None:
         """No tensor of any network asks for a gradient."""
@@ -103,10 +143,10 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.to(device)
     share = diffusion.alphas_cumprod(config.get("num_train_timesteps", 1000), config["beta_start"], config["beta_end"], config["beta_schedule"])
-    scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     base = Base(name=name, location=location, unet=pipe.unet, vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer,
                 scheduler_config=config, schedule=share, prediction=prediction, hash=_hash(location), device=device,
-                resolution=pipe.unet.config.sample_size * scale)
+                resolution=0)
+    base.resolution = pipe.unet.config.sample_size * base.pixels_per_latent
     base.freeze()
     return base
 

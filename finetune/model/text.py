@@ -1,17 +1,19 @@
 """From prompts to text states, with own tokens laid over a frozen vocabulary.
 
-B prompts, L tokens, D text width.
+B prompts, L tokens, D text width, P pooled width.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.errors import Problem
 from finetune.model.base import Base
+from finetune.model.conditioning import Cond
 
 
 class TokenOverlay(nn.Module):
@@ -85,11 +87,10 @@ def expand(base: Base, prompt: str) -> str:
     return prompt
 
 
-def token_ids(base: Base, prompts: list[str]) -> Tensor:
-    """(B, L) ids, padded to the model's length, cut where longer (see `too_long`)."""
-    texts = [expand(base, prompt) for prompt in prompts]
-    return base.tokenizer(texts, padding="max_length", truncation=True, max_length=base.tokenizer.model_max_length,
-                          return_tensors="pt").input_ids
+def token_ids(base: Base, prompts: list[str], tokenizer: Any = None) -> Tensor:
+    """(B, L) ids, padded to the model's length, cut where longer (see `too_long`); by the first tokenizer unless told."""
+    texts, tokenizer = [expand(base, prompt) for prompt in prompts], tokenizer or base.tokenizer
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
 
 
 def too_long(base: Base, prompts: list[str]) -> list[str]:
@@ -98,15 +99,22 @@ def too_long(base: Base, prompts: list[str]) -> list[str]:
     return [prompt for prompt in dict.fromkeys(prompts) if len(base.tokenizer(expand(base, prompt)).input_ids) > limit]
 
 
-def encode(base: Base, prompts: list[str]) -> Tensor:
-    """Text states (B, L, D): the last hidden state after the final norm, as diffusers' pipeline takes it. Differentiable."""
-    return base.text_encoder(token_ids(base, prompts).to(base.device))[0]
+def encode(base: Base, prompts: list[str]) -> Cond:
+    """Text states as diffusers' pipelines take them, differentiable.
+
+    One encoder: its last hidden state after the final norm, (B, L, D). SDXL: the second to last of both, without a final
+    norm, side by side (Podell et al. 2023, sec. 2.1), and the second encoder's projected end-of-text state, (B, P).
+    """
+    if base.text_encoder_2 is None:
+        return Cond(base.text_encoder(token_ids(base, prompts).to(base.device))[0])
+    found = [encoder(token_ids(base, prompts, tokenizer).to(base.device), output_hidden_states=True) for _, encoder, tokenizer in base.encoders()]
+    return Cond(torch.cat([states.hidden_states[-2] for states in found], dim=-1), found[-1].text_embeds)
 
 
 @torch.no_grad()
-def encode_cached(base: Base, prompts: list[str]) -> Tensor:
-    """The same from a cache per prompt: right only while the text encoder is frozen."""
+def encode_cached(base: Base, prompts: list[str]) -> Cond:
+    """The same from a cache per prompt: right only while the text encoders are frozen."""
     for prompt in prompts:
         if prompt not in base.states:
-            base.states[prompt] = encode(base, [prompt])[0]
-    return torch.stack([base.states[prompt] for prompt in prompts])
+            base.states[prompt] = encode(base, [prompt])
+    return Cond.cat([base.states[prompt] for prompt in prompts])

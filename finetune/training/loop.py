@@ -134,7 +134,7 @@ def loss_of(base: Base, method: Method, batch: Any, settings: Any) -> Tensor:
     noise = noise_of(batch, settings.seed).to(latents)
     timesteps = timesteps_of(batch, settings.seed, len(base.schedule)).to(latents.device)  # (B,)
     noisy = diffusion.add_noise(latents, noise, timesteps, base.schedule)
-    cond = method.condition(base, batch.captions)  # (B, L, D)
+    cond = method.condition(base, batch.captions)
     pred = method.denoise(base, noisy, timesteps, cond)
     wanted = diffusion.target(latents, noise, timesteps, base.schedule, base.prediction)
     weights = batch.weights * diffusion.min_snr_weights(timesteps, base.schedule, settings.snr_gamma, base.prediction).to(batch.weights)
