@@ -76,3 +76,19 @@ def modelspec(family: Family, adapter: str, title: str, metadata: Mapping[str, s
         ),
     }
     return {f"modelspec.{name}": value for name, value in fields.items() if value}
+
+
+def modelspec_checkpoint(family: Family, channels: int, title: str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The modelspec 1.0 fields of a whole checkpoint.
+
+    Args:
+        channels: of the UNet's input: 9 is an inpainting model, 5 a depth model.
+        title, metadata: as in `modelspec`.
+    """
+    kind = {9: "/inpainting", 5: "/depth"}.get(channels, "")
+    fields = {**modelspec(family, "checkpoint", title, metadata), "modelspec.architecture": family.modelspec + kind}
+    if family is SDXL:  # kohya's custom for what uses the original names
+        fields["modelspec.implementation"] = "https://github.com/Stability-AI/generative-models"
+    elif family.key != "other":
+        fields["modelspec.implementation"] = "https://github.com/CompVis/stable-diffusion"
+    return fields

@@ -36,7 +36,7 @@ DTYPE_BYTES = {
     "I64": 8,
     "U64": 8,
 }
-_WRITE_RANK = {name: rank for rank, name in enumerate(DTYPE_BYTES)}
+WRITE_RANK = {name: rank for rank, name in enumerate(DTYPE_BYTES)}
 LONGEST_HEADER = 100_000_000
 
 
@@ -205,7 +205,7 @@ def expected_safetensors_bytes(
     kinds = {name: dtypes if isinstance(dtypes, str) else dtypes[name] for name in shapes}
     entries: dict[str, Any] = {}
     position = 0
-    for name in sorted(shapes, key=lambda name: (-_WRITE_RANK[kinds[name]], name)):
+    for name in sorted(shapes, key=lambda name: (-WRITE_RANK[kinds[name]], name)):
         shape = list(shapes[name])
         end = position + math.prod(shape) * DTYPE_BYTES[kinds[name]]
         entries[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": [position, end]}
