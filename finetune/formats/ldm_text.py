@@ -75,18 +75,19 @@ def last_block(state: Mapping[str, Lazy], original: Mapping[str, Lazy] | None) -
 
     Args:
         state: the encoder in OpenCLIP's names.
-        original: the base checkpoint's encoder in OpenCLIP's names, from which they are copied where it has them; without
-            it the block before is repeated and the others are ones, as kohya's scripts do.
+        original: the base checkpoint's encoder in OpenCLIP's names, from which all three are copied; without it the block
+            before is repeated and the projection is ones, as kohya's scripts have it. `logit_scale`, one number of CLIP's
+            training, is then left out: there is none to tell, and no reader asks for it.
     """
     count = blocks(state)
     block = {key.replace(f"resblocks.{count - 1}.", f"resblocks.{count}."): entry for key, entry in state.items()
              if f"resblocks.{count - 1}." in key}
     some = state["token_embedding.weight"]
     width = some.shape[1]
-    extra = {**block, "text_projection": Lazy(some.dtype, (width, width), lambda: torch.ones(width, width)),
-             "logit_scale": Lazy(some.dtype, (), lambda: torch.ones(()))}
+    extra = {**block, "text_projection": Lazy(some.dtype, (width, width), lambda: torch.ones(width, width))}
     if original is not None and blocks(original) == count + 1:
         extra |= {key: original[key] for key, entry in extra.items() if key in original and original[key].shape == entry.shape}
+        extra |= {"logit_scale": original["logit_scale"]} if "logit_scale" in original else {}
     return {key: entry for key, entry in extra.items() if key not in state}
 
 
