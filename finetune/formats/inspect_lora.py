@@ -9,7 +9,7 @@ from finetune.formats import lora_names
 from finetune.formats.families import family_of_width
 from finetune.formats.header import Header, TensorInfo, read_scalar
 from finetune.formats.inspection import Report
-from finetune.formats.lora_keys import adapter_alphas, layout_of, sort_keys
+from finetune.formats.lora_keys import NUMBERED, adapter_alphas, kind_of, layout_of, missing_part, sort_keys
 
 
 def describe_lora(report: Report, header: Header) -> None:
@@ -19,7 +19,7 @@ def describe_lora(report: Report, header: Header) -> None:
         Problem: for other adapter types.
     """
     path = report.path
-    groups, ignored = sort_keys(path.name, header.tensors)
+    groups, ignored = sort_keys(path.name, header.tensors, header.metadata)
     layouts = {layout_of(key)[0] for key in header.tensors if key not in ignored}
     report.kind, report.layout = "lora", " and ".join(sorted(layouts))
     names = {key: _name(report, key) for key in groups}
@@ -28,18 +28,42 @@ def describe_lora(report: Report, header: Header) -> None:
     report.ranks = sorted({parts["down"].shape[0] for parts in groups.values() if "down" in parts})
     _alphas(report, header, groups)
     report.family = family_of_width(_context_width(names, groups), header.metadata)
-    halves = [key for key, parts in groups.items() if not {"down", "up"} <= set(parts)]
+    halves = [key for key, parts in groups.items() if missing_part(parts) is not None]
     if halves:
         report.warnings.append(f"{len(halves)} modules lack one half, such as {halves[0]}: the file is incomplete.")
-    if layouts == {"kohya"}:
+    kinds = sorted({kind_of(parts) for parts in groups.values()})
+    if kinds != ["LoRA"]:
+        report.layout += f", {' and '.join(kinds)}"
+        _others(report, kinds)
+    elif layouts == {"cloneofsimo"}:
+        report.warnings.append("Modules are numbered by their place in the model: convert it with its base before use.")
+        report.readers += [(program, "does not read it: convert it") for program in ("A1111 web UI", "Forge", "ComfyUI", "diffusers")]
+    elif layouts == {"kohya"}:
         _kohya(report, header, groups, ignored)
     else:
         _peft(report, header, groups)
     report.readers.append(("finetune", "reads it" if not halves else "refuses it"))
 
 
+def _others(report: Report, kinds: list[str]) -> None:
+    """Who reads what LyCORIS made. Established from the sources of ComfyUI, Forge and A1111 (docs/formats.md)."""
+    if "DoRA" in kinds:
+        report.warnings.append("DoRA: A1111 takes lengths of columns only, so a file with lengths of rows is garbage there.")
+    if "OFT of inputs" in kinds:
+        report.readers += [(program, "does not read it: PEFT's OFT") for program in ("A1111 web UI", "Forge", "ComfyUI", "diffusers")]
+        return
+    report.readers += [
+        ("A1111 web UI", "reads it" if "DoRA" not in kinds else "reads it if its lengths are of columns"),
+        ("Forge", "reads it"),
+        ("ComfyUI", "reads it: Load LoRA node"),
+        ("diffusers", "leaves the lengths out" if kinds in (["DoRA"], ["DoRA", "LoRA"]) else "refuses it"),
+    ]
+
+
 def _name(report: Report, key: str) -> str:
     """Canonical module name; a name no grammar resolves becomes a warning and keeps its key."""
+    if NUMBERED.fullmatch(f"{key}:up"):
+        return key.replace(":", ".")
     try:
         return lora_names.canonical(key) if "." in key else lora_names.from_kohya(key)
     except Problem as problem:
