@@ -4,6 +4,9 @@
     TRIGGER.pt                    A1111's dict, legacy container
     learned_embeds.safetensors    the same tensor under the placeholder token, for diffusers
 
+SDXL has two encoders and so two tables, `clip_l` and `clip_g` in TRIGGER.safetensors, which all web UIs read; A1111's dict has
+no place for a second table, and diffusers takes one file for each encoder (`learned_embeds_2.safetensors` for the second).
+
 The web UIs take the trigger word from the file's stem, so stem, inner name and trigger must be one word.
 """
 
@@ -19,7 +22,7 @@ import torch
 
 from finetune.errors import Problem
 from finetune.formats.embedding_keys import ANONYMOUS_KEYS
-from finetune.formats.families import family_of_width, modelspec
+from finetune.formats.families import SDXL, family_of_width, modelspec
 from finetune.formats.pickles import load_restricted, save_legacy
 from finetune.formats.tensors import load_tensors, save_tensors
 
@@ -44,13 +47,27 @@ class Embedding:
     second: torch.Tensor | None = None
 
 
-def write_safetensors(path: Path | str, vectors: torch.Tensor, metadata: Mapping[str, str]) -> None:
-    """Write TRIGGER.safetensors for A1111, Forge and ComfyUI; `vectors` is (n, width)."""
+def write_safetensors(path: Path | str, vectors: torch.Tensor, metadata: Mapping[str, str], second: torch.Tensor | None = None) -> None:
+    """Write TRIGGER.safetensors for A1111, Forge and ComfyUI.
+
+    Args:
+        vectors: (n, width).
+        second: SDXL: (n, 1280) for the second encoder; the file then holds the pair `clip_l` and `clip_g`.
+
+    Raises:
+        Problem: a stem that cannot be typed, or tables of unequal length.
+    """
     path = Path(path)
-    _check_word(path.stem)
-    table = _table(vectors)
-    spec = modelspec(family_of_width(table.shape[1], metadata), "textual-inversion", path.stem, metadata)
-    save_tensors(path, {"emb_params": table}, {"format": "pt", **spec, **metadata}, {"modelspec.hash_sha256": "0x"})
+    check_word(path.stem)
+    tensors = {"emb_params": _table(vectors)} if second is None else {"clip_l": _table(vectors), "clip_g": _table(second)}
+    if len({len(table) for table in tensors.values()}) > 1:
+        raise Problem(f"{path.name} was not written: its tables have {len(tensors['clip_l'])} and {len(tensors['clip_g'])} vectors.",
+                      "The word stands for the same number of tokens in both encoders.", "Export it again from its run.")
+    family = SDXL if second is not None else family_of_width(_table(vectors).shape[1], metadata)
+    spec = modelspec(family, "textual-inversion", path.stem, metadata)
+    if family is SDXL:
+        spec["modelspec.implementation"] = "https://github.com/Stability-AI/generative-models"
+    save_tensors(path, tensors, {"format": "pt", **spec, **metadata}, {"modelspec.hash_sha256": "0x"})
 
 
 def write_webui(
@@ -71,7 +88,7 @@ def write_webui(
         base_hash: its short hash.
     """
     path = Path(path)
-    _check_word(name)
+    check_word(name)
     if path.stem != name:
         raise Problem(
             f"The embedding is named {name!r} but its file {path.name!r}.",
@@ -90,7 +107,7 @@ def write_webui(
 
 
 def write_diffusers(path: Path | str, vectors: torch.Tensor, token: str, metadata: Mapping[str, str]) -> None:
-    """Write learned_embeds.safetensors: one tensor (n, width) under the placeholder token."""
+    """Write learned_embeds.safetensors: one tensor (n, width) under the placeholder token (one file for each encoder)."""
     if not token or any(letter.isspace() for letter in token):
         raise Problem(
             f"The placeholder {token!r} is not one word.",
@@ -100,7 +117,13 @@ def write_diffusers(path: Path | str, vectors: torch.Tensor, token: str, metadat
     save_tensors(path, {token: _table(vectors)}, {"format": "pt", **metadata})
 
 
-def _check_word(word: str) -> None:
+def safe_word(text: str) -> str:
+    """The letters of a trigger that can stand in a file name everywhere: `<my-dog>` gives `my-dog`."""
+    return "".join(sign if sign.isascii() and (sign.isalnum() or sign in "._-") else "-" for sign in text.strip("<>*{}[]() ")).strip("-.") or "embedding"
+
+
+def check_word(word: str) -> None:
+    """Raise a Problem for a trigger that cannot be a file name everywhere."""
     if FILE_WORD.fullmatch(word) is None:
         raise Problem(
             f"The trigger {word!r} cannot be a file name everywhere.",

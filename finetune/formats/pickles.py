@@ -7,6 +7,7 @@ itself names storages by memory address there; here they are numbered, so that e
 
 from __future__ import annotations
 
+import io
 import pickle
 import pickletools
 import struct
@@ -46,14 +47,29 @@ def save_legacy(obj: Any, path: Path | str) -> None:
     """
     plain = _plain(obj, "the file")
     with atomic_path(Path(path)) as temporary, open(temporary, "wb") as file:
-        for header in (MAGIC, PROTOCOL, SYSTEM):
-            pickle.dump(header, file, protocol=2)
-        pickler = _Numbering(file)
-        pickler.dump(plain)
-        pickle.dump([str(number) for number in range(len(pickler.storages))], file, protocol=2)
-        for storage in pickler.storages:
+        for storage in _write_frame(plain, file):
             data = torch.tensor([], dtype=storage.dtype).set_(storage._untyped_storage)
             file.write(struct.pack("<q", data.numel()) + data.view(torch.uint8).numpy().tobytes())
+
+
+def expected_bytes(obj: Any) -> int:
+    """Exact size of the file `save_legacy` writes; tensors may be on the meta device, for only their sizes count.
+
+    Their places are taken by memory that is reserved and never touched, so a plan of 400 MB costs nothing.
+    """
+    frame = io.BytesIO()
+    storages = _write_frame(_plain(obj, "the file"), frame)
+    return frame.tell() + sum(8 + storage._untyped_storage.nbytes() for storage in storages)
+
+
+def _write_frame(plain: Any, file: IO[bytes]) -> list[Any]:
+    """Everything before the raw numbers; returns the storages in the order in which they follow."""
+    for header in (MAGIC, PROTOCOL, SYSTEM):
+        pickle.dump(header, file, protocol=2)
+    pickler = _Numbering(file)
+    pickler.dump(plain)
+    pickle.dump([str(number) for number in range(len(pickler.storages))], file, protocol=2)
+    return pickler.storages
 
 
 class _Numbering(pickle.Pickler):
@@ -75,7 +91,7 @@ class _Numbering(pickle.Pickler):
 def _plain(value: Any, where: str) -> Any:
     """A copy of `value` from plain types only; tensors detached and without the rest of a larger storage."""
     if isinstance(value, torch.Tensor):
-        own = value.detach().cpu().contiguous()
+        own = torch.empty(value.shape, dtype=value.dtype) if value.is_meta else value.detach().cpu().contiguous()
         if own.untyped_storage().nbytes() != own.nbytes or type(own) is not torch.Tensor:
             own = torch.empty_like(own, device="cpu").copy_(own).as_subclass(torch.Tensor)
         return own
@@ -93,8 +109,11 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def load_restricted(path: Path | str) -> Any:
+def load_restricted(path: Path | str, mmap: bool = False) -> Any:
     """Load a `.pt`, `.bin` or `.ckpt` with weights_only=True and the allow list above; nothing is executed.
+
+    Args:
+        mmap: leave the tensors of a zip container on disk until they are used (whole checkpoints).
 
     Raises:
         Problem: when the file needs anything else, naming it.
@@ -112,7 +131,7 @@ def load_restricted(path: Path | str) -> Any:
     allowed = [OrderedDict, torch.nn.ParameterDict]
     try:
         with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
         told = str(error).partition("WeightsUnpickler error:")[2] or str(error) or type(error).__name__
         raise Problem(
