@@ -30,6 +30,9 @@ from finetune.toybox.package import halve, save_base
 from finetune.toybox.tokenizer import save as save_tokenizer
 from finetune.toybox.unet import train_unet
 
+# What diffusers shall open the folder as. The depth pipeline may be without an estimator where depth maps are given.
+PIPELINES = {"inpainting": {"_class_name": "StableDiffusionInpaintPipeline"},
+             "depth": {"_class_name": "StableDiffusionDepth2ImgPipeline", "depth_estimator": [None, None], "feature_extractor": [None, None]}}
 
 def v_prediction(model: str, output: Path, *, steps: int = 600, rate: float = 3e-4, pictures: int = 6000, seed: int = 0,
                  console: Console | None = None) -> Path:
@@ -46,8 +49,7 @@ def v_prediction(model: str, output: Path, *, steps: int = 600, rate: float = 3e
         Problem: another family, a base that predicts v already, or `output` is in use.
     """
     console, output, folder = console or Console(), Path(output), toybox_folder(model)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise Problem(f"{output} is there already and not empty.", "It would be replaced.", "Name another --output, or remove it first.")
+    free(output)
     base = load(model)
     if base.prediction == "v_prediction":
         raise Problem(f"The model {model!r} predicts v already.", "There is nothing to change.", "Name a base that predicts the noise with --model.")
@@ -56,21 +58,16 @@ def v_prediction(model: str, output: Path, *, steps: int = 600, rate: float = 3e
     prepare(base, work, settings, console)
     started = time.perf_counter()
     measured = train_unet(work, steps, seed, console, save_every=100, rate=rate, warmup=max(1, steps // 10))
-    finish(work, output, settings, measured, time.perf_counter() - started, folder)
+    command = f"finetune toybox variant v-prediction --steps {steps} --learning-rate {rate:g} --pictures {pictures} --seed {seed}"
+    write_folder(work, output, command, settings, measured, time.perf_counter() - started, folder)
     console.print(f"{steps} steps; loss on fixed pictures {measured['validation loss']:.4f}", soft_wrap=True)
     return output
 
 
 def prepare(base: Base, work: Path, settings: dict, console: Console) -> None:
     """WORK/base, the same model that claims to predict v, and latents and captions to train on; once."""
-    note = work / "variant.json"
-    if note.is_file():
-        if runs.read_json(note) == settings:
-            return console.print(f"Going on from {work}", soft_wrap=True)
-        raise Problem(f"{work} holds a training with other settings.", "It was interrupted, and steps of two trainings do not mix.",
-                      "Give the same flags to go on, or remove the folder.")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    if same_training(work, settings, console, done=work / "latents.safetensors"):
+        return
     for name, part in (("unet", base.unet), ("vae", base.vae)):
         part.save_pretrained(work / "base" / name)
     save_text_encoder(base.text_encoder, work / "base" / "text_encoder")
@@ -80,19 +77,54 @@ def prepare(base: Base, work: Path, settings: dict, console: Console) -> None:
     described = describe(settings["pictures"], settings["seed"])
     write_captions(described, work / "captions.jsonl", settings["seed"])
     write_latents(base.vae, pixels(described, processes=1), work / "latents.safetensors")
+
+
+def free(output: Path) -> None:
+    """Refuse a folder that would be replaced."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise Problem(f"{output} is there already and not empty.", "It would be replaced.", "Name another --output, or remove it first.")
+
+
+def same_training(work: Path, settings: dict, console: Console, done: Path | None = None) -> bool:
+    """Make the work folder, or see that it is of the same training.
+
+    Args:
+        done: what must be there for the work to be gone on with; None takes the folder as it is.
+
+    Returns:
+        Whether there is something to go on from.
+
+    Raises:
+        Problem: it holds another training.
+    """
+    note = work / "variant.json"
+    if note.is_file():
+        if runs.read_json(note) != settings:
+            raise Problem(f"{work} holds a training with other settings.", "It was interrupted, and steps of two trainings do not mix.",
+                          "Give the same flags to go on, or remove the folder.")
+        if done is None or done.exists():
+            console.print(f"Going on from {work}", soft_wrap=True)
+            return True
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     runs.write_json(note, settings)
+    return False
 
 
-def finish(work: Path, output: Path, settings: dict, measured: dict[str, float], seconds: float, source: Path) -> None:
-    """Everything in half precision under its name, with a card; then the work folder goes."""
+def write_folder(work: Path, output: Path, command: str, settings: dict, measured: dict[str, float], seconds: float, source: Path,
+                 variant: str = "v-prediction") -> None:
+    """WORK/base in half precision under its name, with a card and, where there is one, the delta; then the work folder goes."""
     partial = output.with_name(f".{output.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     save_base(work / "base", partial)
     for path in sorted(partial.rglob("*.safetensors")):
         halve(path)
-    card = {"command": f"finetune toybox variant v-prediction --steps {settings['steps']} --learning-rate {settings['rate']:g} "
-                       f"--pictures {settings['pictures']} --seed {settings['seed']}",
-            "seed": settings["seed"], "from": {"folder": source.name, "hash": settings["base"]},
+    if variant in PIPELINES:
+        index = runs.read_json(partial / "model_index.json")
+        runs.write_json(partial / "model_index.json", index | PIPELINES[variant])
+    if (work / "delta.safetensors").is_file():
+        shutil.copy(work / "delta.safetensors", partial)
+    card = {"command": command, "seed": settings["seed"], "from": {"folder": source.name, "hash": settings["base"]},
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__,
                          "transformers": transformers.__version__},
             "seconds": round(seconds, 1), "stages": {"unet": {"seconds": round(seconds, 1), "measured": measured}}}
