@@ -1,4 +1,4 @@
-"""`finetune toybox`: pictures of the rendered world, the measured base, and its v-prediction variant."""
+"""`finetune toybox`: pictures of the rendered world, the measured base, and its variants."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.errors import Problem, nearest
 from finetune.settings import setting
 
 Words = list[str]  # the setting `list` hides the type's own name inside the class
-SHARED = {"seed": ("render", "variant"), "output": ("render", "evaluate", "variant"), "model": ("evaluate", "variant"), "prediction": ("variant",)}
+SHARED = {"seed": ("render", "variant"), "output": ("render", "evaluate", "variant"), "model": ("evaluate", "variant")}
 ANY = "; may be repeated [default: any]"
 
 
@@ -27,7 +27,8 @@ class Settings(BaseModel):
 
     action: Literal["render", "evaluate", "variant"] = setting(
         ..., "render pictures of the world; evaluate the base against its bars; train a variant of the base", group="arguments")
-    prediction: Literal["v-prediction"] | None = setting(None, "for variant: what its UNet says", group="arguments")
+    kind: Literal["v-prediction", "inpainting", "depth"] | None = setting(
+        None, "for variant: which; for evaluate: a shipped one (inpainting, depth) instead of the base", group="arguments")
 
     list: bool = setting(False, "print the world's words, its subjects and the held-out triples, and stop", group="render")
     count: int | None = setting(
@@ -45,15 +46,21 @@ class Settings(BaseModel):
     depth: bool = setting(False, "also write depth/: near is bright, as disparity", group="render")
     sheet: Path | None = setting(None, "write a labelled contact sheet to this PNG; without --output only that", group="render")
 
-    prompts: int = setting(500, "prompts to draw, and three tenths as many again with held-out triples", group="evaluate", ge=4)
+    prompts: int | None = setting(
+        None, "prompts to draw, and three tenths as many again with held-out triples [default: 500; of a variant 200 pictures of each task]",
+        group="evaluate", ge=4)
 
-    steps: int = setting(600, "steps of 16 pictures", unit="steps", group="variant", ge=1)
-    learning_rate: float = setting(3e-4, "peak learning rate; it rises for a tenth of the steps and falls to zero", group="variant", gt=0)
-    pictures: int = setting(6000, "pictures of the world to train on", group="variant", ge=512)
+    steps: int = setting(600, "steps of 16 pictures; of 8 for inpainting and depth", unit="steps", group="variant", ge=1)
+    learning_rate: float | None = setting(
+        None, "peak learning rate; it rises for a tenth of the steps and falls to zero [default: 3e-4; for inpainting and depth 1e-3]",
+        group="variant", gt=0)
+    pictures: int | None = setting(
+        None, "for v-prediction: pictures of the world to train on [default: 6000]; the others never see one twice", group="variant", ge=512)
+    rank: int | None = setting(None, "for inpainting and depth: rank of the LoRA [default: 16]", group="variant", ge=1)
 
     seed: int = setting(0, "of pictures and training; evaluate has its own, which do not change", group="run", ge=0)
     output: Path | None = setting(
-        None, "folder to write [default: toybox-pictures or toybox-v; evaluate writes its model card there, if it is given]", group="run")
+        None, "folder to write [default: toybox-pictures, toybox-v or toybox-VARIANT; evaluate writes its model card there, if it is given]", group="run")
     model: str = setting("toybox", "the base to evaluate or to start from", group="run")
 
 
@@ -65,15 +72,25 @@ def run(settings: Settings, console: Console) -> None:
 
 def refuse_foreign_flags(settings: Settings) -> None:
     """A flag that the action would pass over in silence is a mistake."""
-    for key in sorted(settings.model_fields_set - {"action"}):
+    for key in sorted(settings.model_fields_set - {"action", "kind"}):
         group = Settings.model_fields[key].json_schema_extra["group"]
         actions = SHARED.get(key, (group,))
         if settings.action not in actions:
-            name = "v-prediction" if key == "prediction" else "--" + key.replace("_", "-")
-            raise Problem(f"{name} says nothing to `toybox {settings.action}`.", f"It belongs to `toybox {'` and `toybox '.join(actions)}`.",
+            raise Problem(f"--{key.replace('_', '-')} says nothing to `toybox {settings.action}`.", f"It belongs to `toybox {'` and `toybox '.join(actions)}`.",
                           "Leave it out.")
-    if settings.action == "variant" and settings.prediction is None:
-        raise Problem("`toybox variant` needs to know which variant.", "There is one.", "finetune toybox variant v-prediction")
+    if settings.action == "render" and settings.kind:
+        raise Problem(f"{settings.kind} says nothing to `toybox render`.", "It is a variant of the base.", "Leave it out.")
+    if settings.action == "evaluate" and settings.kind == "v-prediction":
+        raise Problem("v-prediction says nothing to `toybox evaluate`.", "That variant is not shipped, and is measured like the base.",
+                      "finetune toybox evaluate --model FOLDER")
+    if settings.action == "evaluate" and settings.kind and "model" in settings.model_fields_set:
+        raise Problem(f"--model says nothing to `toybox evaluate {settings.kind}`.", "The variants that are measured are those of the package.", "Leave it out.")
+    if settings.action == "variant" and settings.kind is None:
+        raise Problem("`toybox variant` needs to know which variant.", "There are v-prediction, inpainting and depth.",
+                      "finetune toybox variant inpainting")
+    wrong = {"v-prediction": "rank"}.get(settings.kind or "", "pictures")
+    if settings.action == "variant" and getattr(settings, wrong) is not None:
+        raise Problem(f"--{wrong} says nothing to `toybox variant {settings.kind}`.", "The help says which variant it belongs to.", "Leave it out.")
 
 
 # ---- render ---------------------------------------------------------------------------------------------------------
@@ -176,7 +193,9 @@ def evaluate(settings: Settings, console: Console) -> None:
     from finetune.toybox.evaluation import evaluate as measure
 
     quiet.libraries()
-    found = measure(settings.model, settings.prompts, lambda sentence: console.print(sentence, markup=False, soft_wrap=True))
+    if settings.kind:
+        return evaluate_variant(settings, console)
+    found = measure(settings.model, settings.prompts or 500, lambda sentence: console.print(sentence, markup=False, soft_wrap=True))
     console.print(bars_table(found, min(console.width, 80)))
     if settings.output is not None:
         for path in write_card(found, settings.output):
@@ -197,13 +216,34 @@ def bars_table(found: dict[str, Any], width: int = 80) -> Table:
     return table
 
 
+def evaluate_variant(settings: Settings, console: Console) -> None:
+    """Measure a shipped variant against the plain base, print the table, write its page where a folder was named."""
+    from finetune.toybox.variant_measure import measure, shown, write_page
+
+    found = measure(settings.kind or "", settings.prompts or 200, lambda sentence: console.print(sentence, markup=False, soft_wrap=True))
+    table = Table("", "variant", "plain base", "best possible", width=min(console.width, 100))
+    for name, row in found["measured"].items():
+        table.add_row(name, *(shown(row.get(who)) for who in ("variant", "plain base", "picture through the autoencoder")))
+    console.print(table)
+    if settings.output is not None:
+        for path in write_page(settings.output, found):
+            console.print(f"Written: {path}", soft_wrap=True)
+
+
 def variant(settings: Settings, console: Console) -> None:
-    """Fine-tune the UNet to another prediction and write a whole base."""
+    """Fine-tune the UNet to another prediction, or to masks or depth, and write a whole base."""
     from finetune.cli import quiet
-    from finetune.toybox.variant import v_prediction
 
     quiet.libraries()
-    output = settings.output or Path("toybox-v")
-    v_prediction(settings.model, output, steps=settings.steps, rate=settings.learning_rate, pictures=settings.pictures, seed=settings.seed,
-                 console=console)
+    given = {name: value for name, value in (("rate", settings.learning_rate), ("pictures", settings.pictures), ("rank", settings.rank)) if value}
+    if settings.kind == "v-prediction":
+        from finetune.toybox.variant import v_prediction
+
+        output = settings.output or Path("toybox-v")
+        v_prediction(settings.model, output, steps=settings.steps, seed=settings.seed, console=console, **given)
+    else:
+        from finetune.toybox.variant_delta import widened
+
+        output = settings.output or Path(f"toybox-{settings.kind}")
+        widened(settings.model, str(settings.kind), output, steps=settings.steps, seed=settings.seed, console=console, **given)
     console.print(f"Use it with --model {output}", soft_wrap=True)

@@ -69,6 +69,8 @@ OTHERS = [
           "finetune toybox render --subject lilac-cat --output cat/",
           "finetune toybox render --subject lilac-cat --oracle --sheet truth.png",
           "finetune toybox evaluate",
+          "finetune toybox evaluate inpainting",
+          "finetune toybox variant inpainting --output toybox-inpainting/",
           "finetune toybox variant v-prediction --output toybox-v/")),
 ]
 
