@@ -16,6 +16,7 @@ from finetune.formats import embedding, hypernetwork, lora
 from finetune.formats.hypernetwork_layers import expected_shapes
 from finetune.formats.inspect import inspect, lines
 from finetune.formats.lora import LoraModule
+from finetune.formats.tensors import load_tensors, save_tensors
 
 ATTENTION = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2."
 TEXT = "text_encoder.encoder.layers.0.self_attn.q_proj"
@@ -78,7 +79,9 @@ def test_quirks_of_other_programs_loras_become_warnings(tmp_path):
 
 
 def test_metadata_that_disagrees_with_tensors_is_named(tmp_path):
-    lora.write_kohya(tmp_path / "dog.safetensors", modules(), {"ss_network_dim": "8"})
+    lora.write_kohya(tmp_path / "dog.safetensors", modules(), {})
+    tensors, told = load_tensors(tmp_path / "dog.safetensors")
+    save_tensors(tmp_path / "dog.safetensors", tensors, {**told, "ss_network_dim": "8"})
     assert inspect(tmp_path / "dog.safetensors").warnings == ["Metadata says rank 8, the tensors say 4."]
 
 

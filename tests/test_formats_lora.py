@@ -268,7 +268,7 @@ def test_reads_sdxl_original_names(original, dotted):
     [
         ({"unet:0:up": UP, "unet:0:down": DOWN}, "Name the base"),
         ({f"{KOHYA_TO_K}.lokr_w1": DOWN}, "no lokr_w2 weight"),
-        ({f"{KOHYA_TO_K}.lokr_w1": DOWN, f"{KOHYA_TO_K}.lokr_w2": DOWN}, "not plain LoRA pairs"),
+        ({f"{KOHYA_TO_K}.lokr_w1": DOWN, f"{KOHYA_TO_K}.lokr_w2": DOWN.clone()}, "not plain LoRA pairs"),
         ({f"{KOHYA_TO_K}.oft_diag": DOWN}, "old OFT"),
         ({f"{KOHYA_TO_K}.lora_down.weight": DOWN}, "no up weight"),
         ({"lora_unet_strange_thing.lora_down.weight": DOWN, "lora_unet_strange_thing.lora_up.weight": UP}, "stuck at 'strange_thing'"),

@@ -32,7 +32,7 @@ from finetune.formats.lora_math import pad
 from finetune.formats.lora_read import Adapters, check_pair, read, read_adapters
 from finetune.formats.tensors import save_tensors
 
-__all__ = ["Adapters", "LoraModule", "context_width", "full", "read", "read_adapters", "uniform", "write_kohya", "write_peft"]
+__all__ = ["Adapters", "LoraModule", "context_width", "for_readers", "full", "read", "read_adapters", "uniform", "write_kohya", "write_peft"]
 
 HASHES = {"sshs_model_hash": "", "modelspec.hash_sha256": "0x"}
 OF_ONE_FILE = ("lora_adapter_metadata", "finetune.scale", "finetune.ignored", "finetune.dora_norm")  # says how another file was written
@@ -137,7 +137,8 @@ def _parts(name: str, module: Adapter, even: LoraModule | None, dtype: torch.dty
                           "`finetune merge ... --rank R`, or train --variant lora, dora, loha or lokr.")
         case _:
             raise Problem(f"There is no file layout for {module.kind} (module {name!r}).", fix="Export plain LoRA.")
-    return {part: value.to(dtype) for part, value in found.items()}
+    # a length stays float32: it multiplies the whole weight, so half precision would cost more than most adapters change
+    return {part: value.float() if part == "dora_scale" else value.to(dtype) for part, value in found.items()}
 
 
 def _hadamard_or_kronecker(module: LohaModule | LokrModule, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -163,6 +164,19 @@ def _one_norm(modules: Mapping[str, Adapter]) -> str:
         raise Problem("DoRA modules of two conventions cannot be written into one file.", "Some divide by the base's norm, some by the merged one's.",
                       "Write two files.")
     return norms.pop()
+
+
+def for_readers(module: Adapter, weight: Tensor | None = None) -> Adapter:
+    """The same change of `weight` in the form that ComfyUI and Forge compute equally.
+
+    DoRA's lengths are divided there by the norm of the base's rows, not of the merged ones. PEFT's OFT they do not know: it
+    becomes the whole difference. Others pass unchanged.
+    """
+    if weight is not None and isinstance(module, DoraModule):
+        return module.with_norm("base", weight)
+    if weight is not None and isinstance(module, InputOftModule):
+        return FullModule(module.change(weight).cpu())
+    return module
 
 
 def full(modules: Mapping[str, Adapter], weights: Mapping[str, Tensor]) -> dict[str, FullModule]:

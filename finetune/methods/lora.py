@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import nn
 
 from finetune.errors import Problem
-from finetune.formats import header
+from finetune.formats import header, lora_peft
 from finetune.formats import lora as files
+from finetune.formats.lora_keys import layout_of
+from finetune.formats.lora_positions import places_of
 from finetune.methods.base import Group, Loaded, Method, bytes_per_number, export_dtype, files_of
 from finetune.model.base import Base
 from finetune.model.conditioning import Cond
@@ -43,7 +46,7 @@ class Settings(TrainSettings):
     rank: int = setting(16, "inner width of an adapter; 4 to 32 for a subject", group="method", ge=1)
     alpha: float | None = setting(None, "scale of the adapters is alpha / rank [default: the rank]", group="method", gt=0)
     targets: str = setting("cross-attention", "cross-attention, attention, transformer, or layer names split by commas", group="method")
-    text_encoder_rank: int = setting(0, "rank of adapters in the text encoder; 0 is off", group="method", ge=0)
+    text_encoder_rank: int = setting(0, "rank of adapters in the text encoder (both of SDXL); 0 is off", group="method", ge=0)
     variant: Literal["lora", "dora", "rslora", "loha", "lokr", "oft"] = setting("lora", "kind of adapter, as PEFT provides them", group="method")
     dropout: float = setting(0.0, "share of an adapter's input dropped while training", group="method", ge=0, lt=1)
 
@@ -76,7 +79,7 @@ class Lora(Method):
         self._check_targets(base.unet, target)
         self._configs = {"unet": self._config(target, self.settings.rank)}
         if self.settings.text_encoder_rank:
-            self._configs["text_encoder"] = self._config(TEXT_TARGETS, self.settings.text_encoder_rank)
+            self._configs |= {part: self._config(TEXT_TARGETS, self.settings.text_encoder_rank) for part, _, _ in base.encoders()}
         trained: dict[str, nn.Parameter] = {}
         for part, config in self._configs.items():
             module = base.modules()[part]
@@ -140,87 +143,64 @@ class Lora(Method):
 
     def expected_bytes(self, base: Base) -> int:
         count = sum(value.numel() for part in self._configs for value in base.modules()[part].parameters() if value.requires_grad)
-        return count * bytes_per_number(self.settings) * (2 if self.settings.variant in PLAIN else 1)  # kohya and PEFT layout
+        if self.settings.variant == "oft":  # PEFT's folder, and the whole difference of each layer
+            count += sum(layer.weight.numel() for part in self._configs for _, layer, _ in lora_peft.live(base.modules()[part]))
+            return count * bytes_per_number(self.settings)
+        return count * bytes_per_number(self.settings) * 2  # kohya's layout and PEFT's
 
     def export(self, base: Base, folder: Path, metadata: dict[str, str]) -> None:
-        """Plain LoRA: NAME.safetensors (kohya layout) and pytorch_lora_weights.safetensors (PEFT layout), the same numbers.
+        """NAME.safetensors, the layout people exchange, and PEFT's form of the same numbers.
 
-        Other variants have no layout every program reads: they are written in PEFT's own form, a folder for each network.
+        Plain pairs: kohya's layout, and pytorch_lora_weights.safetensors for diffusers. DoRA, LoHa and LoKr: LyCORIS'
+        spelling, and PEFT's folders. PEFT's OFT rotates inputs, which no reader knows: its whole difference, and the folders.
         """
+        modules = {f"{part}.{name}": module for part in self._configs for name, _, module in lora_peft.live(base.modules()[part])}
         if self.settings.variant in PLAIN:
-            modules = self._modules(base)
-            files.write_kohya(folder / f"{self.stem}.safetensors", modules, metadata, export_dtype(self.settings))
             files.write_peft(folder / "pytorch_lora_weights.safetensors", modules, metadata, export_dtype(self.settings))
-            return
+        else:
+            self._export_peft(base, folder, metadata)
+        weights = {f"{part}.{name}": layer.weight.detach().float().cpu() for part in self._configs
+                   for name, layer, module in lora_peft.live(base.modules()[part]) if module.needs_weight}
+        modules = {name: files.for_readers(module, weights.get(name)) for name, module in modules.items()}
+        files.write_kohya(folder / f"{self.stem}.safetensors", modules, metadata, export_dtype(self.settings))
+
+    def _export_peft(self, base: Base, folder: Path, metadata: dict[str, str]) -> None:
+        """PEFT's own form, a folder for each network."""
         from peft import get_peft_model_state_dict
 
         from finetune.formats.tensors import save_tensors
 
         for part, config in self._configs.items():
             state = get_peft_model_state_dict(base.modules()[part], adapter_name="default")
-            state = {name: value.detach().to(export_dtype(self.settings)).cpu().contiguous() for name, value in state.items()}
+            dtypes = {name: torch.float32 if "magnitude" in name else export_dtype(self.settings) for name in state}  # a length is no difference
+            state = {name: value.detach().to(dtypes[name]).cpu().contiguous() for name, value in state.items()}
             config.inference_mode = True
             (folder / part).mkdir(parents=True, exist_ok=True)
             config.save_pretrained(folder / part)
             save_tensors(folder / part / "adapter_model.safetensors", state, {"format": "pt", **metadata})
 
-    def _modules(self, base: Base) -> dict[str, files.LoraModule]:
-        """The trained adapters as down, up and alpha by module path."""
-        found = {}
-        for part in self._configs:
-            for name, layer in base.modules()[part].named_modules():
-                if "default" in getattr(layer, "lora_A", {}):
-                    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-                    alpha = layer.scaling["default"] * layer.r["default"]
-                    found[f"{part}.{name}"] = files.LoraModule(down.detach().float().cpu(), up.detach().float().cpu(), alpha)
-        return found
-
     @classmethod
     def find(cls, path: Path) -> Path | None:
         if path.is_dir() and (path / "unet" / "adapter_config.json").is_file():
             return path
-        for file in files_of(path):
-            if file.suffix == ".safetensors":
-                keys = header.read_header(file).tensors.keys()
-                if any(".lora_down." in key or ".lora_A." in key or ".lora.down." in key or key.startswith("unet:0:") for key in keys):
-                    return file
-        return None
+        return next((file for file in files_of(path) if file.suffix == ".safetensors"
+                     and any(layout_of(key) is not None for key in header.read_header(file).tensors)), None)
 
     @classmethod
     def load(cls, base: Base, path: Path, strength: float) -> Loaded:
-        """Fold the adapters into the weights: W + strength (alpha / rank) up down, computed in float32."""
-        if path.is_dir():
-            return cls._load_peft(base, path, strength)
-        modules, metadata = files.read(path)
-        layers = {f"{part}.{name.removeprefix('text_model.')}": layer for part, network in base.modules().items()
-                  for name, layer in network.named_modules()}
-        for name, module in modules.items():
-            layer = layers.get(name)
-            delta = module.up.float().flatten(1) @ module.down.float().flatten(1) * (strength * module.alpha / module.down.shape[0])
-            if layer is None or layer.weight.numel() != delta.numel():
+        """Fold the adapters into the weights: W + strength * change(W), computed in float32. Any kind, any layout."""
+        networks = {part: network for part, network in base.modules().items() if part != "vae"}
+        adapters = files.read_adapters(path, places={part: places_of(network) for part, network in networks.items()})
+        layers = {f"{part}.{name.removeprefix('text_model.')}": layer for part, network in networks.items() for name, layer in network.named_modules()}
+        for name, module in adapters.modules.items():
+            try:
+                layer = layers[name]
+                layer.weight.data += (strength * module.change(layer.weight.data)).to(layer.weight)
+                if getattr(module, "bias", None) is not None:
+                    layer.bias.data += (strength * module.bias.float()).to(layer.bias)
+            except (KeyError, AttributeError, RuntimeError):
                 raise Problem(f"The LoRA {path} does not fit the model {base.name!r}.", f"Its module {name} is not there or has another width.",
-                              "Load it on a base of the family it was trained from.")
-            layer.weight.data += delta.reshape(layer.weight.shape).to(layer.weight)
+                              "Load it on a base of the family it was trained from.") from None
         base.states.clear()
-        return Loaded(cls.name, metadata.get("finetune.trigger"), path, metadata)
-
-    @classmethod
-    def _load_peft(cls, base: Base, path: Path, strength: float) -> Loaded:
-        from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
-
-        from finetune.formats.tensors import load_tensors
-
-        metadata: dict[str, str] = {}
-        for part in ("unet", "text_encoder"):
-            if not (path / part / "adapter_config.json").is_file():
-                continue
-            state, metadata = load_tensors(path / part / "adapter_model.safetensors")
-            module = base.modules()[part]
-            inject_adapter_in_model(PeftConfig.from_pretrained(str(path / part)), module, adapter_name="default")
-            set_peft_model_state_dict(module, {name: value.float() for name, value in state.items()}, adapter_name="default")
-            for layer in module.modules():
-                if strength != 1 and hasattr(layer, "scale_layer"):
-                    layer.scale_layer(strength)
-            module.requires_grad_(False)
         told = read_json(path / "artifact.json") if (path / "artifact.json").is_file() else {}
-        return Loaded(cls.name, metadata.get("finetune.trigger") or told.get("trigger"), path, metadata)
+        return Loaded(cls.name, adapters.metadata.get("finetune.trigger") or told.get("trigger"), path, adapters.metadata)
