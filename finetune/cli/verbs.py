@@ -57,6 +57,11 @@ OTHERS = [
     Verb("generate", "Render prompts with an artifact, several, or none.", USE, "finetune.cli.generate",
          ('finetune generate --artifact out/lora/artifact --prompt "a photo of sks dog in the snow" '
           "--seed 1 --count 4 --output pics/",)),
+    Verb("export", "Write a run, artifact or model as the file another program loads.", USE, "finetune.cli.export",
+         ("finetune export out/lora --to webui --output loras/", "finetune export out/dreambooth --to single-file --output dog.safetensors")),
+    Verb("convert", "Write a file of one program's layout in the layout of another.", USE, "finetune.cli.convert",
+         ("finetune convert pytorch_lora_weights.safetensors --to kohya --output dog.safetensors",
+          "finetune convert model.ckpt --to single-file --output model.safetensors")),
     Verb("inspect", "Say what an artifact, run folder or weight file is.", USE, "finetune.cli.inspect",
          ("finetune inspect out/lora/artifact",)),
     Verb("recipes", "List, show or copy the packaged recipes.", USE, "finetune.cli.recipes",

@@ -111,11 +111,11 @@ def layout_of(checkpoint: Checkpoint) -> str:
     return "sd2" if width == 1024 or width != 768 and config.get("hidden_act") == "gelu" else "sd1"
 
 
-def entries(checkpoint: Checkpoint, dtype: str = "F16", original: Part | None = None) -> dict[str, Lazy]:
+def entries(checkpoint: Checkpoint, dtype: str | None = "F16", original: Part | None = None) -> dict[str, Lazy]:
     """Every tensor of the single file under its key.
 
     Args:
-        dtype: "F16", "F32" or "BF16"; whole numbers keep theirs.
+        dtype: "F16", "F32", "BF16", or None for what each tensor has; whole numbers keep theirs.
         original: SD 2's encoder of the base checkpoint (see `original_text`), for the block diffusers does not keep.
 
     Raises:
@@ -143,11 +143,11 @@ def entries(checkpoint: Checkpoint, dtype: str = "F16", original: Part | None = 
     if layout == "sdxl":
         second = text.to_open_clip(checkpoint.parts["text_encoder_2"], strange)
         found |= {names.OPEN_CLIP_XL + key: entry for key, entry in second.items()}
-        found |= {key: Lazy(dtype, (0,), lambda: torch.empty(0)) for key in _marks(checkpoint)}
+        found |= {key: Lazy(dtype or "F16", (0,), lambda: torch.empty(0)) for key in _marks(checkpoint)}
     if strange:
         raise Problem(f"{len(strange)} tensors have no name in the single-file layout, such as {strange[0]!r}.",
                       "The layout is that of Stable Diffusion 1, 2 and XL.", "Keep this model as a diffusers folder.")
-    return {key: entry.to(dtype) for key, entry in found.items()}
+    return {key: entry.to(dtype or entry.dtype) for key, entry in found.items()}
 
 
 def _place(found: dict[str, Lazy], prefix: str, key: str | None, name: str, entry: Lazy, strange: list[str]) -> None:
@@ -180,19 +180,19 @@ def described(checkpoint: Checkpoint, stem: str, metadata: Mapping[str, str]) ->
     return {"format": "pt", **modelspec_checkpoint(family_of_width(width, metadata), channels, stem, metadata), **metadata}
 
 
-def expected_bytes(checkpoint: Checkpoint, dtype: str, stem: str, metadata: Mapping[str, str], original: Part | None = None) -> int:
+def expected_bytes(checkpoint: Checkpoint, dtype: str | None, stem: str, metadata: Mapping[str, str], original: Part | None = None) -> int:
     """Exact size of the file `write` leaves (without the .yaml)."""
     told = described(checkpoint, stem, metadata) | {name: prefix + "0" * 64 for name, prefix in HASHES.items()}
     return stream.expected_bytes(entries(checkpoint, dtype, original), told)
 
 
-def write(path: Path | str, checkpoint: Checkpoint, metadata: Mapping[str, str], dtype: str = "F16", original: Part | None = None) -> list[Path]:
+def write(path: Path | str, checkpoint: Checkpoint, metadata: Mapping[str, str], dtype: str | None = "F16",
+          original: Part | None = None) -> list[Path]:
     """Write one `.safetensors` with the whole model and, for v-prediction of SD 1 and 2, the `.yaml` the web UI needs beside it.
 
     Args:
         metadata: the common `finetune.*` fields.
-        dtype: "F16", "F32" or "BF16".
-        original: see `entries`.
+        dtype, original: see `entries`.
 
     Returns: the files written.
     """

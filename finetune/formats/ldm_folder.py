@@ -16,6 +16,7 @@ from finetune.runs import atomic_folder, read_json, write_json
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 SMALL = (".json", ".txt")
+WHOLE = ("feature_extractor", "image_encoder", "depth_estimator")  # carried along as they are; a safety checker is not
 
 
 def write(folder: Path | str, checkpoint: Checkpoint, like: Path | str, dtype: str | None, metadata: Mapping[str, str]) -> None:
@@ -37,7 +38,9 @@ def write(folder: Path | str, checkpoint: Checkpoint, like: Path | str, dtype: s
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as fresh:
         for entry in sorted(like.iterdir()):
-            if entry.is_dir() and (entry.name in checkpoint.parts or entry.name.startswith(("tokenizer", "scheduler"))):
+            if entry.is_dir() and entry.name in WHOLE:
+                shutil.copytree(entry, fresh / entry.name)
+            elif entry.is_dir() and (entry.name in checkpoint.parts or entry.name.startswith(("tokenizer", "scheduler"))):
                 (fresh / entry.name).mkdir()
                 for file in sorted(entry.iterdir()):
                     if file.suffix in SMALL and not file.name.endswith(".index.json"):
@@ -46,10 +49,17 @@ def write(folder: Path | str, checkpoint: Checkpoint, like: Path | str, dtype: s
             level = TEXT_LEVEL if name.startswith("text_encoder") else ""
             entries = {key if key.startswith("text_projection.") else level + key: entry.to(dtype or entry.dtype) for key, entry in part.items()}
             stream.save(fresh / name / f"{WEIGHTS[name]}.safetensors", entries, {"format": "pt"})
-        write_json(fresh / "model_index.json", read_json(like / "model_index.json"))
+        write_json(fresh / "model_index.json", _index(read_json(like / "model_index.json"), fresh))
         finish_diffusers_folder(fresh)
         if metadata:
             write_json(fresh / "finetune.json", dict(metadata))
+
+
+def _index(index: dict, folder: Path) -> dict:
+    """model_index.json with nothing in it that is not in the folder."""
+    absent = {name for name, entry in index.items() if isinstance(entry, list) and not (folder / name).is_dir()}
+    index = {name: [None, None] if name in absent else entry for name, entry in index.items()}
+    return index | ({"requires_safety_checker": False} if "safety_checker" in absent else {})
 
 
 def _check(checkpoint: Checkpoint, configs: dict, like: Path) -> None:
