@@ -23,6 +23,16 @@ def alphas_cumprod(steps: int, beta_start: float, beta_end: float, kind: str = "
     return torch.cumprod(1.0 - betas, 0).float()
 
 
+def zero_terminal_snr(share: Tensor) -> Tensor:
+    """A schedule shifted and stretched so that nothing of the signal is left at its end (Lin et al. 2023, algorithm 1).
+
+    Args:
+        share: alpha-bar, (T,). Its first value stays as it is.
+    """
+    root = share.double().sqrt()
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square().float()
+
+
 def _columns(schedule: Tensor, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(alpha-bar) and sqrt(1 - alpha-bar) at `timesteps`, shaped (B, 1, 1, 1)."""
     share = schedule.to(like.device, torch.float32)[timesteps.to(like.device)].view(-1, *([1] * (like.ndim - 1)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def tiny_model(make_model: Callable[..., Path]) -> Path:
 def tiny_v_model(make_model: Callable[..., Path]) -> Path:
     """The same with v-prediction. Do not write into it."""
     return make_model("v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base of SDXL's shape: two text encoders (widths 24 and 40), pooled states, time ids. Do not write into it."""
+    return write_tiny_xl_model(tmp_path_factory.mktemp("base") / "tiny-xl")
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +108,34 @@ def write_tiny_model(folder: Path, prediction: str, seed: int, width: int) -> Pa
              "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
              "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None], "feature_extractor": [None, None],
              "requires_safety_checker": False}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return folder
+
+
+def write_tiny_xl_model(folder: Path, prediction: str = "epsilon", seed: int = 0) -> Path:
+    """The tiny model with SDXL's parts: a second text encoder with a projection, and a UNet that is told size and pooled state."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    write_tiny_model(folder, prediction, seed, 24)
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 1)
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**config | {"hidden_size": 40, "projection_dim": 16, "hidden_act": "gelu"}))
+        unet = UNet2DConditionModel(
+            sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, attention_head_dim=(2, 4), cross_attention_dim=64,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2), use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 16)
+    second.save_pretrained(folder / "text_encoder_2")
+    unet.save_pretrained(folder / "unet")
+    index = json.loads((folder / "model_index.json").read_text()) | {
+        "_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"], "image_encoder": [None, None], "force_zeros_for_empty_prompt": True}
+    for name in ("safety_checker", "requires_safety_checker"):
+        del index[name]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     return folder
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from finetune import methods
 from finetune.errors import Problem
@@ -18,15 +18,18 @@ from finetune.model.base import Base
 
 def base_of(family: str) -> Base:
     """A base of real shapes on the meta device: no memory, no weights."""
-    unet, text = dict(configs.UNET), dict(configs.TEXT)
-    if family == "sd2":
-        unet |= configs.SD2["unet"]
-        text |= configs.SD2["text_encoder"]
+    told = configs.parts_of(family)
     with torch.device("meta"):
-        parts = {"unet": UNet2DConditionModel.from_config(unet), "vae": AutoencoderKL.from_config(configs.VAE),
-                 "text_encoder": CLIPTextModel(CLIPTextConfig(**{key: value for key, value in text.items() if key not in ("architectures", "model_type")}))}
+        parts = {"unet": UNet2DConditionModel.from_config(told["unet"]), "vae": AutoencoderKL.from_config(told["vae"]),
+                 "text_encoder": CLIPTextModel(text_config(told["text_encoder"]))}
+        if family == "sdxl":
+            parts["text_encoder_2"] = CLIPTextModelWithProjection(text_config(told["text_encoder_2"]))
     return Base(name=family, location=SimpleNamespace(family=family), **parts, tokenizer=None, scheduler_config={}, schedule=torch.ones(10),
                 prediction="epsilon", hash="0" * 16, device=torch.device("meta"), resolution=512)
+
+
+def text_config(told: dict[str, Any]) -> CLIPTextConfig:
+    return CLIPTextConfig(**{key: value for key, value in told.items() if key not in ("architectures", "model_type")})
 
 
 def trained(name: str, family: str, **own: Any) -> tuple[int, Any, Base]:
@@ -37,17 +40,19 @@ def trained(name: str, family: str, **own: Any) -> tuple[int, Any, Base]:
     return sum(value.numel() for group in groups for value in group.parameters.values()), method, base
 
 
-@pytest.mark.parametrize(("family", "unet", "text"), [("sd1", 859_520_964, 123_060_480), ("sd2", 865_910_724, 340_387_840)])
-def test_configurations_have_the_published_sizes(family: str, unet: int, text: int) -> None:
+@pytest.mark.parametrize(("family", "unet", "text"), [
+    ("sd1", 859_520_964, [123_060_480]), ("sd2", 865_910_724, [340_387_840]), ("sdxl", 2_567_463_684, [123_060_480, 694_659_840])])
+def test_configurations_have_the_published_sizes(family: str, unet: int, text: list[int]) -> None:
     base = base_of(family)
     assert sum(value.numel() for value in base.unet.parameters()) == unet
-    assert sum(value.numel() for value in base.text_encoder.parameters()) == text
+    assert [sum(value.numel() for value in encoder.parameters()) for _, encoder, _ in base.encoders()] == text
     assert sum(value.numel() for value in base.vae.parameters()) == 83_653_863
 
 
 @pytest.mark.parametrize(("family", "targets", "per_rank", "modules"), [
     ("sd1", "cross-attention", 99_456, 64), ("sd1", "attention", 199_296, 128), ("sd1", "transformer", 423_936, 192),
-    ("sd2", "cross-attention", 107_648, 64), ("sd2", "attention", 207_488, 128), ("sd2", "transformer", 432_128, 192)])
+    ("sd2", "cross-attention", 107_648, 64), ("sd2", "attention", 207_488, 128), ("sd2", "transformer", 432_128, 192),
+    ("sdxl", "cross-attention", 785_920, 280), ("sdxl", "attention", 1_451_520, 560), ("sdxl", "transformer", 2_659_840, 722)])
 def test_lora_trains_the_published_number(family: str, targets: str, per_rank: int, modules: int) -> None:
     count, method, base = trained("lora", family, rank=4, targets=targets)
     assert count == 4 * per_rank
@@ -57,7 +62,7 @@ def test_lora_trains_the_published_number(family: str, targets: str, per_rank: i
 
 @pytest.mark.parametrize(("family", "scope", "transform", "count"), [
     ("sd1", "all", "key,value", 21_939_840), ("sd2", "all", "key,value", 25_611_392),
-    ("sd1", "cross", "key,value", 4_723_200), ("sd2", "cross", "key,value", 8_394_752)])
+    ("sd1", "cross", "key,value", 4_723_200), ("sd2", "cross", "key,value", 8_394_752), ("sdxl", "all", "key,value", 49_962_240)])
 def test_hypernetwork_trains_the_published_number(family: str, scope: str, transform: str, count: int) -> None:
     found, _, base = trained("hypernetwork", family, scope=scope, transform=transform)
     assert found == count

@@ -143,8 +143,9 @@ def test_incomplete_and_foreign_models_are_named(tiny_model: Path, tmp_path: Pat
         load(str(tmp_path / "cut"))
 
 
-def test_one_learned_word_at_a_time(tiny_model: Path) -> None:
+def test_a_learned_word_is_not_overwritten(tiny_model: Path) -> None:
     base = load(str(tiny_model))
-    add_tokens(base, "<one>", torch.zeros(1, 48))
-    with pytest.raises(Problem, match=r"'<two>' cannot be added.*Load one at a time"):
-        add_tokens(base, "<two>", torch.zeros(1, 48))
+    add_tokens(base, "<one>", torch.zeros(2, 48))
+    for taken in ("<one>", "<one>_1", "backpack"):
+        with pytest.raises(Problem, match=rf"'{taken}' is already a word of this model.*Choose another"):
+            add_tokens(base, taken, torch.zeros(1, 48))

@@ -36,7 +36,7 @@ class Settings(TrainSettings):
     weight_decay: float = setting(1e-2, "AdamW decay of the trained tensors", ge=0)
     prior: Literal["images", "distill", "none"] = setting(
         "images", "prior preservation: class pictures rendered by the base, its predictions on class prompts, or nothing", group="prior")
-    train_text_encoder: bool = setting(False, "train the text encoder as well: closer likeness, more memory", group="method")
+    train_text_encoder: bool = setting(False, "train the text encoder as well (both of SDXL): closer likeness, more memory", group="method")
     text_encoder_rate: float = setting(1.0, "learning rate of the text encoder as a multiple of the UNet's", group="method", gt=0)
     ema_decay: float = setting(0.0, "export an exponential moving average of the weights; .999 is usual, 0 is off", group="method", ge=0, lt=1)
 
@@ -58,7 +58,7 @@ class DreamBooth(Method):
             self._class_states = encode_cached(base, [self.class_prompt]).clone()
         groups = [Group({f"unet.{name}": value for name, value in base.unet.named_parameters()})]
         if self.settings.train_text_encoder:
-            text = {f"text_encoder.{name}": value for name, value in base.text_encoder.named_parameters()}
+            text = {f"{part}.{name}": value for part, encoder, _ in base.encoders() for name, value in encoder.named_parameters()}
             groups.append(Group(text, rate=self.settings.text_encoder_rate))
         every = {name: value for group in groups for name, value in group.parameters.items()}
         self._ema = Ema(every, self.settings.ema_decay) if self.settings.ema_decay else None
@@ -68,7 +68,7 @@ class DreamBooth(Method):
         return encode(base, captions) if self.settings.train_text_encoder else encode_cached(base, captions)
 
     def training_modules(self, base: Base) -> list[nn.Module]:
-        return [base.unet, base.text_encoder] if self.settings.train_text_encoder else [base.unet]
+        return [base.unet, *(encoder for _, encoder, _ in base.encoders() if self.settings.train_text_encoder)]
 
     @contextlib.contextmanager
     def detached(self, base: Base) -> Iterator[Any]:
@@ -106,15 +106,15 @@ class DreamBooth(Method):
 
     @classmethod
     def load(cls, base: Base, path: Path, strength: float) -> Loaded:
-        """Replace UNet (and text encoder, where it differs) by the folder's, interpolated at `strength`."""
+        """Replace UNet (and text encoders, where they differ) by the folder's, interpolated at `strength`."""
         from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextModel
 
         unet = UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=torch.float32, local_files_only=True)
         _blend(base.unet, unet, strength, path)
-        if (path / "text_encoder" / "config.json").is_file():
-            text = CLIPTextModel.from_pretrained(path / "text_encoder", dtype=torch.float32, local_files_only=True)
-            _blend(base.text_encoder, text, strength, path)
+        for part, encoder, _ in base.encoders():
+            if (path / part / "config.json").is_file():
+                text = type(encoder).from_pretrained(path / part, dtype=torch.float32, local_files_only=True)
+                _blend(encoder, text, strength, path)
         base.states.clear()
         told = read_json(path / "finetune.json") if (path / "finetune.json").is_file() else {}
         return Loaded(cls.name, told.get("finetune.trigger"), path, told)

@@ -7,7 +7,7 @@ Only the new rows are parameters, laid over the frozen table (`finetune.model.te
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from finetune.model.base import Base
 from finetune.model.conditioning import Cond
 from finetune.model.text import add_tokens, encode
 from finetune.settings import TrainSettings, setting
+
+DIFFUSERS = ("learned_embeds.safetensors", "learned_embeds_2.safetensors")  # of each text encoder
 
 
 class Settings(TrainSettings):
@@ -37,7 +39,7 @@ class Settings(TrainSettings):
 
 
 class TextualInversion(Method):
-    """Only the new rows of the token table train."""
+    """Only the new rows of the token table train: of both tables where the model has two text encoders."""
 
     name = "textual-inversion"
     title = "Textual Inversion"
@@ -87,52 +89,59 @@ class TextualInversion(Method):
         if self.placeholder not in self.subject:
             raise Problem(f"The subject phrase {self.subject!r} does not contain the placeholder {self.placeholder!r}.",
                           "Nothing would be learned.", f"Use --subject {self.placeholder!r} or leave it out.")
-        start = self._start(base)
-        self._rows = add_tokens(base, self.placeholder, start)
-        norms = base.text_encoder.get_input_embeddings().weight.float().norm(dim=1)
-        self._limit = float(norms.median()) * self.settings.norm_limit
-        return [Group({"rows": self._rows})]
+        self._rows = add_tokens(base, self.placeholder, *(self._start(encoder, tokenizer) for _, encoder, tokenizer in base.encoders()))
+        medians = [encoder.get_input_embeddings().weight.float().norm(dim=1).median() for _, encoder, _ in base.encoders()]
+        self._limits = [float(median) * self.settings.norm_limit for median in medians]
+        return [Group(dict(zip(("rows", "rows_2"), self._rows, strict=False)))]
 
-    def _start(self, base: Base) -> Tensor:
-        """Rows (n x D) to start from: the initializer's tokens, cycled or cut to the number of vectors."""
+    def _start(self, encoder: nn.Module, tokenizer: Any) -> Tensor:
+        """Rows (n x D) of one encoder to start from: the initializer's tokens, cycled or cut to the number of vectors."""
         words = self.settings.initializer or self.noun
-        ids = base.tokenizer(words, add_special_tokens=False).input_ids
-        if not ids or base.tokenizer.unk_token_id in ids and base.tokenizer.unk_token_id != base.tokenizer.eos_token_id:
+        ids = tokenizer(words, add_special_tokens=False).input_ids
+        if not ids or tokenizer.unk_token_id in ids and tokenizer.unk_token_id != tokenizer.eos_token_id:
             raise Problem(f"The initializer {words!r} is unknown to this model.", "Its tokenizer cannot split it.", "Use a plain word.")
         ids = [ids[number % len(ids)] for number in range(self.settings.vectors)]
-        return base.text_encoder.get_input_embeddings().weight[ids].detach()
+        table = encoder.get_input_embeddings()
+        return table(torch.tensor(ids, device=table.weight.device)).detach()
 
     def condition(self, base: Base, captions: list[str]) -> Cond:
         return encode(base, captions)
 
     @torch.no_grad()
     def after_step(self, base: Base) -> None:
-        if self._limit:
-            norms = self._rows.norm(dim=1, keepdim=True)
-            self._rows.mul_((self._limit / norms).clamp(max=1.0))
+        for rows, limit in zip(self._rows, self._limits, strict=True):
+            if limit:
+                rows.mul_((limit / rows.norm(dim=1, keepdim=True)).clamp(max=1.0))
 
     def training_modules(self, base: Base) -> list[nn.Module]:
         return []
 
     def expected_bytes(self, base: Base) -> int:
-        return 3 * self._rows.numel() * 4  # three files, always float32
+        numbers = sum(rows.numel() for rows in self._rows)
+        return (3 if len(self._rows) == 1 else 2) * numbers * 4  # every vector in each of three files, or of SDXL's two; always float32
 
     def export(self, base: Base, folder: Path, metadata: dict[str, str]) -> None:
-        """TRIGGER.safetensors, TRIGGER.pt (web UI) and learned_embeds.safetensors (diffusers)."""
-        vectors = self._rows.detach().float().cpu()
-        embedding.write_safetensors(folder / f"{self.stem}.safetensors", vectors, metadata)
-        embedding.write_webui(folder / f"{self.stem}.pt", vectors, self.stem, self.settings.steps, base.name, base.hash[:10])
-        embedding.write_diffusers(folder / "learned_embeds.safetensors", vectors, self.placeholder, metadata)
+        """TRIGGER.safetensors and TRIGGER.pt (web UI), and learned_embeds.safetensors (diffusers).
+
+        SDXL: the pair in TRIGGER.safetensors, and for diffusers one file for each encoder, the second's learned_embeds_2.
+        """
+        vectors = [rows.detach().float().cpu() for rows in self._rows]
+        embedding.write_safetensors(folder / f"{self.stem}.safetensors", vectors[0], metadata, *vectors[1:])
+        if len(vectors) == 1:
+            embedding.write_webui(folder / f"{self.stem}.pt", vectors[0], self.stem, self.settings.steps, base.name, base.hash[:10])
+        for own, file in zip(vectors, DIFFUSERS, strict=False):
+            embedding.write_diffusers(folder / file, own, self.placeholder, metadata)
 
     @classmethod
     def find(cls, path: Path) -> Path | None:
         files = files_of(path)
-        files.sort(key=lambda file: file.name != "learned_embeds.safetensors")
+        files.sort(key=lambda file: file.name != DIFFUSERS[0])
         for file in files:
             if file.suffix == ".safetensors":
                 found = header.read_header(file)
                 tensors, plain = found.tensors, "finetune.format" not in found.metadata  # a lone tensor of no other method's file
-                if tensors.keys() & {"emb_params", "emp_params"} or plain and len(tensors) == 1 and len(next(iter(tensors.values())).shape) <= 2:
+                if tensors.keys() & {"emb_params", "emp_params"} or tensors.keys() == {"clip_l", "clip_g"} \
+                        or plain and len(tensors) == 1 and len(next(iter(tensors.values())).shape) <= 2:
                     return file
         return next((file for file in files if file.suffix in (".pt", ".bin") and _holds_embedding(file)), None)
 
@@ -140,14 +149,20 @@ class TextualInversion(Method):
     def load(cls, base: Base, path: Path, strength: float) -> Loaded:
         """Add the trigger's rows; strength scales them around the mean row of the table."""
         found = embedding.read(path)
-        width = base.text_encoder.config.hidden_size
-        if found.vectors.shape[1] != width:
-            raise Problem(f"The embedding {path} is {found.vectors.shape[1]} wide, the model {base.name!r} takes {width}.",
+        given = [found.vectors] if found.second is None else [found.vectors, found.second]
+        other = path.with_name(DIFFUSERS[1])
+        if path.name == DIFFUSERS[0] and other.is_file():
+            given.append(embedding.read(other).vectors)
+        tables = [encoder.get_input_embeddings().weight for _, encoder, _ in base.encoders()]
+        widths, wanted = [rows.shape[1] for rows in given], [table.shape[1] for table in tables]
+        if widths != wanted:
+            raise Problem(f"The embedding {path} is {' and '.join(map(str, widths))} wide, the model {base.name!r} takes {' and '.join(map(str, wanted))}.",
                           "It was trained on another family of models.", "Use it with a model of that family.")
         trigger = found.token or found.metadata.get("finetune.trigger") or path.stem
-        table = base.text_encoder.get_input_embeddings().weight
-        middle = table.float().mean(0)
-        add_tokens(base, trigger, middle + strength * (found.vectors.to(middle) - middle) if strength != 1 else found.vectors)
+        if strength != 1:
+            middles = [table.float().mean(0) for table in tables]
+            given = [middle + strength * (rows.to(middle) - middle) for rows, middle in zip(given, middles, strict=True)]
+        add_tokens(base, trigger, *given)
         return Loaded(cls.name, trigger, path, found.metadata)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,19 @@ class Base:
             module.requires_grad_(False).eval()
 
     def pipeline(self) -> Any:
-        """The parts as diffusers' own pipeline, sharing the modules."""
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
+        """The parts as diffusers' own text-to-image, inpainting or depth pipeline, sharing the modules."""
+        import diffusers
 
-        return StableDiffusionPipeline(vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
-                                       scheduler=DDIMScheduler.from_config(self.scheduler_config), safety_checker=None,
-                                       feature_extractor=None, requires_safety_checker=False)
+        parts = {"vae": self.vae, "unet": self.unet, "scheduler": diffusers.DDIMScheduler.from_config(self.scheduler_config), "feature_extractor": None}
+        for name, encoder, tokenizer in self.encoders():
+            parts |= {name: encoder, name.replace("text_encoder", "tokenizer"): tokenizer}
+        if self.location.variant == "depth":
+            return diffusers.StableDiffusionDepth2ImgPipeline(**parts, depth_estimator=None)
+        painting = self.location.variant == "inpainting"
+        if self.text_encoder_2 is not None:
+            return (diffusers.StableDiffusionXLInpaintPipeline if painting else diffusers.StableDiffusionXLPipeline)(**parts, add_watermarker=False)
+        return (diffusers.StableDiffusionInpaintPipeline if painting else diffusers.StableDiffusionPipeline)(
+            **parts, safety_checker=None, requires_safety_checker=False)
 
 
 def pick_device(name: str) -> torch.device:
@@ -134,19 +142,22 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
         Problem: not found, incomplete, or its weights do not fit its configuration.
     """
     location = locate(name)
-    pipe = _from_folder(location.path, dtype) if location.kind == "folder" else _from_file(location, dtype)
-    config = dict(pipe.scheduler.config)
+    parts = _from_folder(location, dtype) if location.kind == "folder" else _from_file(location, dtype)
+    config = parts.pop("scheduler_config")
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise Problem(f"The model {name!r} predicts {prediction!r}.", "Only epsilon and v_prediction are known.")
     device = torch.device(device)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.to(device)
     share = diffusion.alphas_cumprod(config.get("num_train_timesteps", 1000), config["beta_start"], config["beta_end"], config["beta_schedule"])
-    base = Base(name=name, location=location, unet=pipe.unet, vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer,
-                scheduler_config=config, schedule=share, prediction=prediction, hash=_hash(location), device=device,
-                resolution=0)
-    base.resolution = pipe.unet.config.sample_size * base.pixels_per_latent
+    if config.get("rescale_betas_zero_snr"):
+        share = diffusion.zero_terminal_snr(share)
+    base = Base(name=name, location=location, **parts, scheduler_config=config, schedule=share, prediction=prediction, hash=_hash(location),
+                device=device, resolution=0)
+    base.resolution = base.unet.config.sample_size * base.pixels_per_latent
+    if base.text_encoder_2 is not None:  # older configurations name no end-of-text id; then a learned word, whose id is higher, is taken for it
+        base.text_encoder_2.text_model.eos_token_id = base.tokenizer_2.eos_token_id
+    for part in base.modules().values():
+        part.to(device)
     base.freeze()
     return base
 
@@ -154,31 +165,52 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
 def _hash(location: Location) -> str:
     if location.kind == "single-file":
         return runs.fingerprint([location.path])
-    return runs.fingerprint([path for part in WEIGHTS for path in sorted((location.path / part).glob("*.safetensors"))])
+    weights = [path for part in WEIGHTS for path in sorted((location.path / part).glob("*.safetensors"))]
+    return runs.fingerprint([*weights, *([location.delta] if location.delta else [])])
 
 
-def _from_folder(path: Path, dtype: torch.dtype) -> Any:
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+def _from_folder(location: Location, dtype: torch.dtype) -> dict[str, Any]:
+    """The networks, tokenizers and scheduler configuration of a diffusers folder, by the names of Base's fields."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+    path = location.path
     with _loading(path):
-        parts = {"unet": UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=dtype, local_files_only=True),
-                 "vae": AutoencoderKL.from_pretrained(path / "vae", torch_dtype=dtype, local_files_only=True),
-                 "text_encoder": CLIPTextModel.from_pretrained(path / "text_encoder", dtype=dtype, local_files_only=True),
-                 "tokenizer": CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True),
-                 "scheduler": DDIMScheduler.from_pretrained(path / "scheduler", local_files_only=True)}
-        return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        parts: dict[str, Any] = {"unet": UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=dtype, local_files_only=True),
+                                 "vae": AutoencoderKL.from_pretrained(path / "vae", torch_dtype=dtype, local_files_only=True)}
+        for number, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
+            if number and location.family != "sdxl":
+                continue
+            parts[f"text_encoder{number}"] = kind.from_pretrained(path / f"text_encoder{number}", dtype=dtype, local_files_only=True)
+            parts[f"tokenizer{number}"] = CLIPTokenizer.from_pretrained(path / f"tokenizer{number}", local_files_only=True)
+        parts["scheduler_config"] = _scheduler_config(json.loads((path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")))
+    if location.delta:
+        from finetune.model import delta
+
+        delta.apply(parts["unet"], location.delta, _hash(replace(location, variant="plain", delta=None)))
+    return parts
 
 
-def _from_file(location: Location, dtype: torch.dtype) -> Any:
-    """Single LDM file, offline, with our own configuration folder: without one diffusers asks the network even in offline mode."""
-    from diffusers import StableDiffusionPipeline
+def _scheduler_config(told: dict[str, Any]) -> dict[str, Any]:
+    """A folder's noise schedule in DDIM's terms. What other schedulers' files leave out is false for latents: they are not cut to [-1, 1]."""
+    from diffusers import DDIMScheduler
+
+    return dict(DDIMScheduler.from_config({"clip_sample": False, "set_alpha_to_one": False} | told).config)
+
+
+def _from_file(location: Location, dtype: torch.dtype) -> dict[str, Any]:
+    """The same of a single LDM file, offline, with our own configuration folder: without one diffusers asks the network even in offline mode."""
+    import diffusers
 
     from finetune.model.configs import config_folder
 
-    with _loading(location.path), config_folder(location.path, location.family) as folder:
-        return StableDiffusionPipeline.from_single_file(str(location.path), config=str(folder), torch_dtype=dtype, local_files_only=True,
-                                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    xl = location.family == "sdxl"
+    more = {"add_watermarker": False} if xl else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    with _loading(location.path), config_folder(location.path, location.family, location.variant) as folder:
+        pipe = (diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline).from_single_file(
+            str(location.path), config=str(folder), torch_dtype=dtype, local_files_only=True, **more)
+    names = ["unet", "vae", "text_encoder", "tokenizer", *(["text_encoder_2", "tokenizer_2"] if xl else [])]
+    return {name: getattr(pipe, name) for name in names} | {"scheduler_config": dict(pipe.scheduler.config)}
 
 
 @contextlib.contextmanager

@@ -23,11 +23,11 @@ class TokenOverlay(nn.Module):
     and the optimizer holds n x D numbers instead of the whole table.
 
     Args:
-        table: the frozen token embedding, V x D.
+        table: the frozen token embedding, V x D, or another overlay of it.
         rows: own rows, n x D, float32.
     """
 
-    def __init__(self, table: nn.Embedding, rows: nn.Parameter):
+    def __init__(self, table: nn.Embedding | TokenOverlay, rows: nn.Parameter):
         super().__init__()
         self.table, self.rows = table, rows
         self.num_embeddings, self.embedding_dim = table.num_embeddings + len(rows), table.embedding_dim
@@ -44,34 +44,43 @@ class TokenOverlay(nn.Module):
         return torch.where((own >= 0).unsqueeze(-1), rows, found)
 
 
-def add_tokens(base: Base, trigger: str, rows: Tensor) -> nn.Parameter:
-    """Teach tokenizer and text encoder a trigger that stands for `rows` (n x D); returns the rows as a parameter.
+def add_tokens(base: Base, trigger: str, *rows: Tensor) -> list[nn.Parameter]:
+    """Teach tokenizers and text encoders a trigger that stands for `rows`; returns the rows as parameters.
 
-    Several rows become the tokens T, T_1, ... as in diffusers' loader.
+    Several rows become the tokens T, T_1, ... as in diffusers' loader. More triggers may follow: their rows are laid over
+    the table with the first ones' rows on it.
+
+    Args:
+        rows: n x D for each text encoder, in the order of `Base.encoders`.
 
     Raises:
-        Problem: the trigger is a word already, or tokens were added before.
+        Problem: the trigger is a word already, or the model's tokenizer and table do not agree.
     """
-    embeddings = base.text_encoder.embeddings if hasattr(base.text_encoder, "embeddings") else base.text_encoder.text_model.embeddings
-    table = embeddings.token_embedding
-    if isinstance(table, TokenOverlay):
-        raise Problem(f"The placeholder {trigger!r} cannot be added.", "One learned embedding is loaded already.", "Load one at a time.")
-    if not isinstance(table, nn.Embedding) or table.num_embeddings < len(base.tokenizer):
-        raise Problem(f"The placeholder {trigger!r} cannot be added.", "The tokenizer has more words than the text encoder has rows.")
-    names = [trigger, *(f"{trigger}_{number}" for number in range(1, len(rows)))]
-    vocabulary = base.tokenizer.get_vocab()
-    known = [name for name in names if name in vocabulary or f"{name.lower()}</w>" in vocabulary]
-    if known or base.tokenizer.add_tokens(names) != len(names):
-        raise Problem(f"The placeholder {trigger!r} is already a word of this model.", "Its meaning would be overwritten.",
-                      f"Choose another, such as '<{re.sub('[^A-Za-z0-9]+', '-', trigger).strip('-') or 'thing'}-new>'.")
-    parameter = nn.Parameter(rows.detach().clone().float().to(base.device))
-    overlay = TokenOverlay(table, parameter)
-    first = base.tokenizer.convert_tokens_to_ids(trigger)
-    if first != table.num_embeddings:  # rows unused by the tokenizer would shift the ids
-        overlay.table = _trimmed(table, first)
-    embeddings.token_embedding = overlay
+    names = [trigger, *(f"{trigger}_{number}" for number in range(1, len(rows[0])))]
+    for part, encoder, tokenizer in base.encoders():
+        if encoder.get_input_embeddings().num_embeddings < len(tokenizer):
+            raise Problem(f"The placeholder {trigger!r} cannot be added.", f"The tokenizer has more words than the {part} has rows.",
+                          "The model's folder is damaged: its tokenizer belongs to another encoder.")
+        vocabulary = tokenizer.get_vocab()
+        if any(name in vocabulary or f"{name.lower()}</w>" in vocabulary for name in names):
+            raise Problem(f"The placeholder {trigger!r} is already a word of this model.", "Its meaning would be overwritten.",
+                          f"Choose another, such as '<{re.sub('[^A-Za-z0-9]+', '-', trigger).strip('-') or 'thing'}-new>'.")
+    found = [_add(encoder, tokenizer, names, own.to(base.device)) for (_, encoder, tokenizer), own in zip(base.encoders(), rows, strict=True)]
     base.placeholders[trigger] = names
     base.states.clear()
+    return found
+
+
+def _add(encoder: nn.Module, tokenizer: Any, names: list[str], rows: Tensor) -> nn.Parameter:
+    """One text encoder's share of `add_tokens`."""
+    parameter = nn.Parameter(rows.detach().clone().float())
+    table = encoder.get_input_embeddings()
+    tokenizer.add_tokens(names)
+    first = tokenizer.convert_tokens_to_ids(names[0])
+    if first != table.num_embeddings:  # rows unused by the tokenizer would shift the ids
+        table = _trimmed(table, first)
+    embeddings = encoder.text_model.embeddings if hasattr(encoder, "text_model") else encoder.embeddings
+    embeddings.token_embedding = TokenOverlay(table, parameter)
     return parameter
 
 
@@ -81,10 +90,11 @@ def _trimmed(table: nn.Embedding, count: int) -> nn.Embedding:
 
 
 def expand(base: Base, prompt: str) -> str:
-    """Replace each own trigger by all the tokens it stands for."""
-    for trigger, names in base.placeholders.items():
-        prompt = prompt.replace(trigger, " ".join(names))
-    return prompt
+    """Replace each own trigger by all the tokens it stands for, the longest one where several begin alike."""
+    if not base.placeholders:
+        return prompt
+    triggers = sorted(base.placeholders, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, triggers)), lambda found: " ".join(base.placeholders[found[0]]), prompt)
 
 
 def token_ids(base: Base, prompts: list[str], tokenizer: Any = None) -> Tensor:

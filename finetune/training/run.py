@@ -26,6 +26,7 @@ from finetune import data, draws, methods, runs
 from finetune.errors import Problem
 from finetune.methods.base import Method
 from finetune.model.base import Base, load, pick_device
+from finetune.model.families import CHANNELS, locate
 from finetune.model.sampling import render
 from finetune.settings import TrainSettings
 from finetune.training import artifacts, checkpoint, stopping
@@ -53,6 +54,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     console = console or Console()
     method = methods.get(settings.METHOD)(settings)
     _ = method.subject  # refuses a missing class noun before anything is read
+    _check_variant(settings)
     folder = _open_folder(settings)
     started = time.perf_counter()
     intake = data.intake(settings)
@@ -112,6 +114,14 @@ def _open_folder(settings: TrainSettings) -> Path:
         raise Problem(f"There is no run in {folder} to resume.", "", "Name its folder with --output, or start without --resume.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _check_variant(settings: TrainSettings) -> None:
+    """Inpainting and depth models draw here; they do not learn: their training would need masks or depth maps."""
+    variant = locate(settings.model).variant
+    if variant != "plain":
+        raise Problem(f"The model {settings.model!r} takes {CHANNELS[variant]} latent channels, not 4.",
+                      "It is an inpainting or depth model, whose training needs masks or depth maps.", "Train on its plain text-to-image base.")
 
 
 def _check_precision(settings: TrainSettings, device: torch.device) -> None:
