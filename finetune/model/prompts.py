@@ -25,6 +25,7 @@ from finetune.model.conditioning import Cond
 ROUND, SQUARE = 1.1, 1 / 1.1  # what one pair of brackets multiplies the weight by
 BREAK = ("BREAK", -1.0)
 BACKTRACK = 20  # tokens after a comma that move to the next chunk with what overflows, as the web UI's default
+NO_MEAN = 1e-5  # a mean this small beside the states is rounding; to restore it would multiply by noise
 _WORD = 0xF0000  # first of the private characters that stand for learned words while brackets are read
 _PIECE = re.compile(r"""\\(?P<escaped>[()\[\]\\]?) | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\) |
                         (?P<bracket>[()\[\]]) | [^\\()\[\]:]+ | :""", re.VERBOSE)
@@ -136,13 +137,13 @@ def _segments(base: Base, prompt: str) -> list[tuple[str, float]]:
     Raises:
         Problem: a weight that is no finite number.
     """
-    words = {chr(_WORD + place): names for place, names in enumerate(base.placeholders.values())}
-    for sign, trigger in zip(words, base.placeholders, strict=True):
-        prompt = prompt.replace(trigger, sign)
+    signs = {trigger: chr(_WORD + place) for place, trigger in enumerate(sorted(base.placeholders, key=len, reverse=True))}
+    if signs:
+        prompt = re.sub("|".join(map(re.escape, signs)), lambda found: signs[found[0]], prompt)
     pieces = parse(prompt)
     if not all(math.isfinite(weight) for _, weight in pieces):
         raise Problem("The prompt weighs a word beyond any number.", "Brackets multiply, and so many of them overflow.", "Use fewer brackets.")
-    spelled = str.maketrans({sign: " ".join(names) for sign, names in words.items()})
+    spelled = str.maketrans({sign: " ".join(base.placeholders[trigger]) for trigger, sign in signs.items()})
     return [(text.translate(spelled), weight) for text, weight in pieces]
 
 
@@ -238,5 +239,6 @@ def _emphasize(states: Tensor, weights: Tensor) -> Tensor:
     wide = states.float()
     scaled = wide * weights.unsqueeze(-1)
     before, after = wide.mean((1, 2), keepdim=True), scaled.mean((1, 2), keepdim=True)
-    scaled = torch.where(after == 0, scaled, scaled * (before / after))
+    told = torch.minimum(before.abs(), after.abs()) > NO_MEAN * wide.pow(2).mean((1, 2), keepdim=True).sqrt()
+    scaled = torch.where(told, scaled * (before / after), scaled)
     return torch.where((weights == 1).all(1)[:, None, None], wide, scaled).to(states.dtype)
