@@ -50,9 +50,10 @@ class Settings(BaseModel):
         None, "prompts to draw, and three tenths as many again with held-out triples [default: 500; of a variant 200 pictures of each task]",
         group="evaluate", ge=4)
 
-    steps: int = setting(600, "steps of 16 pictures; of 8 for inpainting and depth", unit="steps", group="variant", ge=1)
+    steps: int | None = setting(
+        None, "optimizer steps [default: 600 of 16 pictures; for inpainting and depth 500 of 8]", unit="steps", group="variant", ge=1)
     learning_rate: float | None = setting(
-        None, "peak learning rate; it rises for a tenth of the steps and falls to zero [default: 3e-4; for inpainting and depth 1e-3]",
+        None, "peak learning rate; it rises for a tenth of the steps and falls to zero [default: 3e-4; for inpainting and depth 2.5e-3]",
         group="variant", gt=0)
     pictures: int | None = setting(
         None, "for v-prediction: pictures of the world to train on [default: 6000]; the others never see one twice", group="variant", ge=512)
@@ -235,15 +236,16 @@ def variant(settings: Settings, console: Console) -> None:
     from finetune.cli import quiet
 
     quiet.libraries()
-    given = {name: value for name, value in (("rate", settings.learning_rate), ("pictures", settings.pictures), ("rank", settings.rank)) if value}
+    flags = {"steps": settings.steps, "rate": settings.learning_rate, "pictures": settings.pictures, "rank": settings.rank}
+    given = {name: value for name, value in flags.items() if value is not None}
     if settings.kind == "v-prediction":
         from finetune.toybox.variant import v_prediction
 
         output = settings.output or Path("toybox-v")
-        v_prediction(settings.model, output, steps=settings.steps, seed=settings.seed, console=console, **given)
+        v_prediction(settings.model, output, seed=settings.seed, console=console, **given)
     else:
         from finetune.toybox.variant_delta import widened
 
         output = settings.output or Path(f"toybox-{settings.kind}")
-        widened(settings.model, str(settings.kind), output, steps=settings.steps, seed=settings.seed, console=console, **given)
+        widened(settings.model, str(settings.kind), output, seed=settings.seed, console=console, **given)
     console.print(f"Use it with --model {output}", soft_wrap=True)

@@ -183,7 +183,7 @@ def pictures_of(shots: list[Shot]) -> Tensor:
     return torch.from_numpy(np.stack([np.array(shot.picture) for shot in shots])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def widened(model: str, variant: str, output: Path, *, steps: int = 600, rate: float = 1e-3, rank: int = 16, seed: int = 0,
+def widened(model: str, variant: str, output: Path, *, steps: int = 500, rate: float = 2.5e-3, rank: int = 16, seed: int = 0,
             console: Console | None = None) -> Path:
     """Write `output`: a whole diffusers folder of the variant, and in it delta.safetensors, which is all that differs.
 
