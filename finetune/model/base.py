@@ -151,7 +151,7 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     share = diffusion.alphas_cumprod(config.get("num_train_timesteps", 1000), config["beta_start"], config["beta_end"], config["beta_schedule"])
     if config.get("rescale_betas_zero_snr"):
         share = diffusion.zero_terminal_snr(share)
-    base = Base(name=name, location=location, **parts, scheduler_config=config, schedule=share, prediction=prediction, hash=_hash(location),
+    base = Base(name=name, location=location, **parts, scheduler_config=config, schedule=share, prediction=prediction, hash=weights_hash(location),
                 device=device, resolution=0)
     base.resolution = base.unet.config.sample_size * base.pixels_per_latent
     if base.text_encoder_2 is not None:  # older configurations name no end-of-text id; then a learned word, whose id is higher, is taken for it
@@ -162,7 +162,8 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     return base
 
 
-def _hash(location: Location) -> str:
+def weights_hash(location: Location) -> str:
+    """What `Base.hash` will be, from the files alone."""
     if location.kind == "single-file":
         return runs.fingerprint([location.path])
     weights = [path for part in WEIGHTS for path in sorted((location.path / part).glob("*.safetensors"))]
