@@ -1,125 +1,184 @@
-"""`finetune generate`: pictures from prompts, with an artifact, several, or none."""
+"""`finetune generate`: pictures from prompts, from pictures, with artifacts, and sheets of many."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from finetune import __version__, runs
-from finetune.cli import quiet
+from finetune.cli import generate_artifacts as artifacts
+from finetune.cli import generate_inputs as inputs
+from finetune.cli import generate_like, png
+from finetune.cli.generate_plan import Axis, Job, Sheets, axis, plan
 from finetune.errors import Problem
 from finetune.settings import RunSettings, setting
 
 SAMPLING = {"toybox": (25, 4.0)}  # steps, guidance; measured on the embedded base
-OTHERS = (30, 7.5)  # what Stable Diffusion 1.x and 2.x are usually sampled with
+OTHERS = (30, 7.5)  # what Stable Diffusion is usually sampled with
+DENOISING = {"inpainting": 1.0}  # an inpainting model sees the picture beside the noise; others must begin from it
+DENOISING_OTHERS = 0.75
 
 
 class Settings(RunSettings):
     """What `finetune generate` takes."""
 
-    artifact: list[Path] = setting([], "artifact folder or file; may be repeated", group="what")
-    strength: list[float] = setting([], "how much of each artifact; one for all or one each [default: 1]", group="what")
-    prompt: list[str] = setting([], "prompt; may be repeated", group="what")
+    prompt: list[str] = setting([], "prompt, may be repeated; reads (word:1.2), <lora:NAME:0.8>, <hypernet:NAME> and learned words", group="what")
+    prompts_file: Path | None = setting(None, "a file with one prompt a line; lines that begin with # are passed over", group="what")
     negative: str = setting("", "what to steer away from", group="what")
+    artifact: list[str] = setting([], "artifact folder or file, PATH or PATH:STRENGTH; may be repeated", group="what")
+    strength: list[float] = setting([], "how much of each artifact; one for all or one each [default: 1]", group="what")
+    artifacts_dir: Path | None = setting(None, "folder in which artifacts named in prompts are looked up, and never outside it", group="what")
     count: int = setting(1, "pictures of each prompt, with seeds SEED, SEED+1, ...", unit="pictures", group="what", ge=1)
+    like: Path | None = setting(None, "a PNG made by this command or by a web UI: repeat it; flags beside it change one thing or another", group="what")
+
+    init_image: Path | None = setting(None, "a picture to begin from", group="from a picture")
+    denoising_strength: float | None = setting(
+        None, "share of the way that is noised and walked again; 1 is text to picture [default: 0.75; 1 for inpainting models]", group="from a picture")
+    mask: Path | None = setting(None, "as large as --init-image: white is painted anew, black stays to the bit", group="from a picture")
+    depth: Path | None = setting(
+        None, "for depth models: a depth map, near things bright; with --depth-model a picture to take one from", group="from a picture")
+    depth_model: Path | None = setting(
+        None, "folder of a transformers depth estimator; takes --depth, or else --init-image, as its picture", group="from a picture")
+
     steps: int | None = setting(None, "sampler steps [default: 25 for toybox, else 30]", group="sampling", ge=1)
     guidance: float | None = setting(
         None, "classifier-free guidance scale; 1 is off [default: 4 for toybox, else 7.5]", group="sampling", ge=0)
-    sampler: Literal["dpm++", "ddim", "ddpm", "euler", "unipc"] = setting("dpm++", "sampler, as diffusers implements it", group="sampling")
-    size: int | None = setting(None, "side of the picture [default: the model's own]", unit="pixels", group="sampling", ge=8)
-    batch: int = setting(8, "pictures rendered together; does not change them", group="sampling", ge=1)
+    sampler: Literal["dpm++", "dpm++-sde", "unipc", "euler", "euler-a", "ddim", "ddpm"] = setting(
+        "dpm++", "sampler, as diffusers implements it; dpm++ is DPM++ 2M", group="sampling")
+    spacing: Literal["trailing", "leading", "linspace"] | None = setting(
+        None, "where the timesteps lie; trailing suits few steps [default: the model's own]", group="sampling")
+    karras: bool = setting(False, "noise levels of Karras et al. instead of a spacing", group="sampling")
+    clip_skip: int = setting(1, "text encoder layer to read: 1 the last, 2 the one before", group="sampling", ge=1)
+    size: str | None = setting(None, "WIDTHxHEIGHT, or one side of a square [default: the init picture's shape, or the model's own]", group="sampling")
+    batch: int = setting(1, "pictures rendered together: faster on a GPU, and other only in the last bit", unit="picture", group="sampling", ge=1)
+
+    grid: bool = setting(False, "also write grid.png: a row for each prompt, a column for each seed", group="sheets")
+    x: str | None = setting(
+        None, "columns of a labelled sheet, AXIS=V1,V2,...: seed, steps, guidance, sampler, strength, denoising-strength, artifact, prompt "
+              "(prompts split by |)", group="sheets")
+    y: str | None = setting(None, "rows of a labelled sheet, likewise", group="sheets")
     output: Path = setting(Path("pics"), "folder for the pictures", group="run")
-    grid: bool = setting(False, "also write grid.png: a row for each prompt, a column for each seed", group="run")
 
 
 def run(settings: Settings, console: Console) -> None:
-    """Render and write PROMPT-SEED.png files; print their paths."""
-    if not settings.prompt:
+    """Render and write NN-SEED.png files and sheets; print their paths."""
+    given = set(settings.model_fields_set)
+    x, y = (axis(f"--{side}", told, given, settings.artifacts_dir) if told else None for side, told in (("x", settings.x), ("y", settings.y)))
+    found = generate_like.Like()
+    if settings.like:
+        crossed = {one.name.replace("-", "_") for one in (x, y) if one}
+        found = generate_like.read(settings.like, given | crossed, settings.artifacts_dir, console)
+        settings = settings.model_copy(update=found.values)
+    told = prompts_told(settings, (x, y), found, console)
+    pictures = inputs.read(settings)
+    location = inputs.check(settings, (x, y), pictures)
+    jobs, sheets = jobs_of(settings, list(told), (x, y), told, found, location)
+    drawn = render_all(settings, jobs, pictures, location.variant, console)
+    if settings.grid or x or y:
+        write_sheets(settings, jobs, sheets, drawn, console)
+
+
+def prompts_told(settings: Settings, axes: tuple[Axis | None, ...], found: generate_like.Like,
+                 console: Console) -> dict[str, tuple[str, tuple[artifacts.Artifact, ...]]]:
+    """Each prompt as written -> its text without tags, and the artifacts it names.
+
+    Raises:
+        Problem: there is no prompt, or one names what is not there.
+    """
+    along = next((one for one in axes if one and one.name == "prompt"), None)
+    prompts = [str(value) for value in along.values] if along else inputs.prompts(settings)
+    if not prompts:
         raise Problem("No prompt was given.", "There is nothing to render.", 'Add --prompt "a photo of a backpack on the beach".')
-    strengths = strength_of_each(settings)
-    base, triggers = load(settings, strengths)
-    for path, trigger in zip(settings.artifact, triggers, strict=True):
-        if trigger and not any(trigger in prompt for prompt in settings.prompt):
-            console.print(f"Note: no prompt contains {trigger!r}, the phrase {path} was trained with.", style="yellow", soft_wrap=True)
-    jobs = [(number, prompt, settings.seed + extra) for number, prompt in enumerate(settings.prompt, 1) for extra in range(settings.count)]
-    steps, guidance = sampling(settings, base.family)
-    from finetune.model import render
+    told = {}
+    for prompt in prompts:
+        if found.named is not None and not along:
+            from finetune.model import tags
 
+            told[prompt] = (tags.find(prompt)[0], tuple(found.named))
+            continue
+        text, named, notes = artifacts.of_prompt(prompt, settings.artifacts_dir)
+        told[prompt] = (text, tuple(named))
+        for note in notes:
+            console.print(f"Note: {note}", style="yellow", soft_wrap=True)
+    return told
+
+
+def jobs_of(settings: Settings, prompts: list[str], axes: tuple[Axis | None, Axis | None], told: dict[str, Any], found: generate_like.Like,
+            location: Any) -> tuple[list[Job], Sheets]:
+    """Every picture to render, and the sheets they make."""
+    steps, guidance = SAMPLING.get(location.family, OTHERS)
+    usual = DENOISING.get(location.variant, DENOISING_OTHERS) if settings.init_image else 1.0
+    fixed = artifacts.of_flags(settings.artifact, settings.strength, settings.artifacts_dir)
+    if found.artifacts is not None:
+        fixed = [replace(one, strength=settings.strength[0]) for one in found.artifacts] if settings.strength else found.artifacts
+    first = Job(1, "", "", tuple(fixed), settings.seed, settings.steps or steps, guidance if settings.guidance is None else settings.guidance,
+                settings.sampler, usual if settings.denoising_strength is None else settings.denoising_strength)
+    seeds = [settings.seed + extra for extra in range(settings.count)]
+    return plan(first, prompts, seeds, *axes, told)
+
+
+def render_all(settings: Settings, jobs: list[Job], pictures: inputs.Pictures, variant: str, console: Console) -> dict[Job, Any]:
+    """Render the jobs, each set of artifacts on a base of its own, and write every picture as soon as it is there."""
+    from finetune.model.canvas import size_of
+
+    drawn: dict[Job, Any] = {}
     with bar(console, "rendering", len(jobs)) as progress:
-        pictures = render(base, [prompt for _, prompt, _ in jobs], [seed for *_, seed in jobs], steps=steps, guidance=guidance,
-                          negative=settings.negative, size=settings.size, batch=settings.batch, sampler=settings.sampler, progress=progress)
-    shared = {"model": settings.model, "model_hash": base.hash, "artifacts": [str(path) for path in settings.artifact],
-              "strengths": strengths, "negative": settings.negative, "steps": steps, "guidance": guidance, "sampler": settings.sampler,
-              "finetune": __version__}
-    for (number, prompt, seed), picture in zip(jobs, pictures, strict=True):
-        path = settings.output / f"{number:02d}-{seed}.png"
-        save(path, picture, {"prompt": prompt, "seed": seed, **shared})
+        for chosen in dict.fromkeys(job.artifacts for job in jobs):
+            ready = artifacts.load(settings.model, settings.device, settings.precision, chosen)
+            mine = [job for job in jobs if job.artifacts == chosen]
+            inputs.notes(ready, chosen, mine, drawn, console)
+            height, width = size_of(ready.base.resolution, ready.base.pixels_per_latent, inputs.size(settings.size), pictures.init)
+            shared = {"negative": settings.negative, "size": (height, width), "spacing": settings.spacing, "karras": settings.karras,
+                      "clip_skip": settings.clip_skip}
+            common = inputs.facts(settings, ready, chosen, f"{width}x{height}") 
+            for together in chunks(mine, settings.batch):
+                one = together[0]
+                from finetune.model import render
+
+                for job, picture in zip(together, render(
+                        ready.base, [job.text for job in together], [job.seed for job in together], steps=one.steps, guidance=one.guidance,
+                        sampler=one.sampler, init=pictures.init, strength=one.strength, mask=pictures.mask, depth=pictures.depth, weighted=True,
+                        batch=settings.batch, **shared), strict=True):
+                    path = settings.output / job.file
+                    png.write(path, picture, common | inputs.facts_of_job(job))
+                    drawn[job] = picture
+                    console.print(str(path), soft_wrap=True)
+                progress(len(drawn))
+            del ready
+    return drawn
+
+
+def chunks(jobs: list[Job], most: int) -> Iterator[list[Job]]:
+    """Neighbours that differ in prompt and seed alone, at most `most` at a time."""
+    together: list[Job] = []
+    for job in jobs:
+        if together and (len(together) == most or (job.steps, job.guidance, job.sampler, job.strength) !=
+                         (together[0].steps, together[0].guidance, together[0].sampler, together[0].strength)):
+            yield together
+            together = []
+        together.append(job)
+    yield together
+
+
+def write_sheets(settings: Settings, jobs: list[Job], sheets: Sheets, drawn: dict[Job, Any], console: Console) -> None:
+    """grid.png, or grid-1.png, ... where there is more than two axes' worth."""
+    from finetune.cli.generate_sheet import sheet
+
+    for page, title in enumerate(sheets.titles):
+        cells: list[list[Any]] = [[None] * len(sheets.columns) for _ in sheets.rows]
+        for job in jobs:
+            if job.place[0] == page:
+                cells[job.place[1]][job.place[2]] = drawn[job]
+        path = settings.output / ("grid.png" if len(sheets.titles) == 1 else f"grid-{page + 1}.png")
+        named = {"sheet": {"title": title, "columns": list(sheets.columns), "rows": list(sheets.rows),
+                           "files": [job.file for job in jobs if job.place[0] == page]}}
+        png.write(path, sheet(cells, list(sheets.columns), list(sheets.rows), title), named, text=title)
         console.print(str(path), soft_wrap=True)
-    if settings.grid:
-        path = settings.output / "grid.png"
-        save(path, grid(pictures, settings.count), {"prompts": settings.prompt, "seed": settings.seed, **shared})
-        console.print(str(path), soft_wrap=True)
-
-
-def strength_of_each(settings: Settings) -> list[float]:
-    """One strength for each artifact."""
-    given, wanted = settings.strength, len(settings.artifact)
-    if len(given) not in (0, 1, wanted) or given and not wanted:
-        raise Problem(f"{len(given)} strengths were given for {wanted} artifacts.", "Which belongs to which cannot be told.",
-                      "Give --strength once for all, or once for each --artifact.")
-    return given * wanted if len(given) == 1 else given or [1.0] * wanted
-
-
-def load(settings: Settings, strengths: list[float]) -> tuple[Any, list[str | None]]:
-    """The base with the artifacts on it, and the trigger phrase of each."""
-    for path in settings.artifact:
-        if not path.exists():
-            raise Problem(f"There is no artifact at {path}.", "", "Name the `artifact` folder of a run, or a file in it.")
-    import torch
-
-    quiet.libraries()
-    from finetune.methods import load_artifacts
-    from finetune.model import load as load_base
-    from finetune.model.base import pick_device
-
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    base = load_base(settings.model, pick_device(settings.device), kinds[settings.precision])
-    return base, [loaded.trigger for loaded in load_artifacts(base, list(zip(settings.artifact, strengths, strict=True)))]
-
-
-def sampling(settings: Settings, family: str) -> tuple[int, float]:
-    """Sampler steps and guidance: what was given, else what suits the family."""
-    steps, guidance = SAMPLING.get(family, OTHERS)
-    return settings.steps or steps, guidance if settings.guidance is None else settings.guidance
-
-
-def save(path: Path, picture: Any, facts: dict[str, Any]) -> None:
-    """Write a PNG with what made it as text: each fact under its name, and all as JSON under `finetune.settings`."""
-    from PIL.PngImagePlugin import PngInfo
-
-    text = PngInfo()
-    for name, value in facts.items():
-        text.add_itxt(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    text.add_itxt("finetune.settings", json.dumps(facts, ensure_ascii=False))
-    with runs.atomic_path(path) as temporary:
-        picture.save(temporary, pnginfo=text)
-
-
-def grid(pictures: list[Any], across: int) -> Any:
-    """All pictures on one sheet, `across` in a row."""
-    from PIL import Image
-
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (width * across, height * -(-len(pictures) // across)), "white")
-    for place, picture in enumerate(pictures):
-        sheet.paste(picture, (place % across * width, place // across * height))
-    return sheet
 
 
 @contextlib.contextmanager
