@@ -14,7 +14,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
-from typing import Any
 
 from finetune.errors import Problem
 
@@ -221,10 +220,10 @@ def _unknown(kind: str, name: str, root: Path, folder: Path) -> Problem:
 def _trigger(path: Path) -> str | None:
     """The word an embedding file answers to, None for other files."""
     from finetune.formats import embedding
+    from finetune.methods.textual_inversion import word_of
 
     if path.stat().st_size > LARGEST_EMBEDDING or _artifact("embedding", path) is None:
         return None
     with contextlib.suppress(Problem):
-        found: Any = embedding.read(path)
-        return found.token or found.metadata.get("finetune.trigger") or path.stem
+        return word_of(path, embedding.read(path))
     return None

@@ -31,6 +31,33 @@ class Group:
     weight_decay: float | None = None
 
 
+class Strength(float):
+    """How much of an artifact is applied. As a number it is the UNet's share, which is all most methods have.
+
+    Args:
+        unet: share on the UNet; 0 is the base to the bit, 1 the artifact.
+        text: share on the text encoders, of LoRA and DreamBooth; None takes the UNet's.
+        rank: of a LoRA, keep only the first `rank` inner dimensions and leave its scale alpha / rank as it was; None keeps all.
+    """
+
+    text: float
+    rank: int | None
+
+    def __new__(cls, unet: float = 1.0, text: float | None = None, rank: int | None = None) -> Strength:
+        found = super().__new__(cls, unet)
+        found.text, found.rank = float(unet if text is None else text), rank
+        return found
+
+    @classmethod
+    def of(cls, value: float) -> Strength:
+        """A plain number as a share of everything."""
+        return value if isinstance(value, cls) else cls(value)
+
+    def on(self, part: str) -> float:
+        """The share on a network, named as in `Base.modules`."""
+        return float(self) if part == "unet" else self.text
+
+
 @dataclass(frozen=True)
 class Loaded:
     """What `load_artifact` put onto a base."""
@@ -158,7 +185,7 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def load(cls, base: Base, path: Path, strength: float) -> Loaded:
-        """Put an artifact onto a fresh base."""
+        """Put an artifact onto a fresh base; `strength` may be a `Strength` that tells the networks apart."""
 
     @property
     def stem(self) -> str:

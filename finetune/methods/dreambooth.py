@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finetune.errors import Problem
 from finetune.formats.folder import finish_diffusers_folder
-from finetune.methods.base import Group, Loaded, Method, bytes_per_number, export_dtype
+from finetune.methods.base import Group, Loaded, Method, Strength, bytes_per_number, export_dtype
 from finetune.methods.ema import Ema
 from finetune.model.base import Base
 from finetune.model.conditioning import Cond
@@ -107,14 +107,15 @@ class DreamBooth(Method):
     @classmethod
     def load(cls, base: Base, path: Path, strength: float) -> Loaded:
         """Replace UNet (and text encoders, where they differ) by the folder's, interpolated at `strength`."""
+        strength = Strength.of(strength)
         from diffusers import UNet2DConditionModel
 
         unet = UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=torch.float32, local_files_only=True)
-        _blend(base.unet, unet, strength, path)
+        _blend(base.unet, unet, strength.on("unet"), path)
         for part, encoder, _ in base.encoders():
             if (path / part / "config.json").is_file():
                 text = type(encoder).from_pretrained(path / part, dtype=torch.float32, local_files_only=True)
-                _blend(encoder, text, strength, path)
+                _blend(encoder, text, strength.on(part), path)
         base.states.clear()
         told = read_json(path / "finetune.json") if (path / "finetune.json").is_file() else {}
         return Loaded(cls.name, told.get("finetune.trigger"), path, told)
@@ -122,7 +123,7 @@ class DreamBooth(Method):
 
 @torch.no_grad()
 def _blend(module: nn.Module, other: nn.Module, strength: float, path: Path) -> None:
-    """module = module + strength (other - module), tensor by tensor.
+    """module = module + strength (other - module), tensor by tensor; at 0 nothing is touched, not even the sign of a zero.
 
     Raises:
         Problem: the two are not of one architecture.
@@ -133,6 +134,6 @@ def _blend(module: nn.Module, other: nn.Module, strength: float, path: Path) -> 
     if strange:
         raise Problem(f"{path} does not fit this base model.", f"{len(strange)} tensors differ in name or shape, such as {min(strange)}.",
                       "Load it on a base of the family it was trained from.")
-    for name, value in mine.items():
+    for name, value in mine.items() if strength else ():
         new = theirs[name].to(value.device, value.dtype)
         value.copy_(new if strength == 1 else value + strength * (new - value))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,8 +21,9 @@ from finetune.errors import Problem
 from finetune.formats import header, lora_peft
 from finetune.formats import lora as files
 from finetune.formats.lora_keys import layout_of
+from finetune.formats.lora_kinds import Adapter, DoraModule, LoraModule
 from finetune.formats.lora_positions import places_of
-from finetune.methods.base import Group, Loaded, Method, bytes_per_number, export_dtype, files_of
+from finetune.methods.base import Group, Loaded, Method, Strength, bytes_per_number, export_dtype, files_of
 from finetune.model.base import Base
 from finetune.model.conditioning import Cond
 from finetune.model.text import encode, encode_cached
@@ -188,19 +190,34 @@ class Lora(Method):
 
     @classmethod
     def load(cls, base: Base, path: Path, strength: float) -> Loaded:
-        """Fold the adapters into the weights: W + strength * change(W), computed in float32. Any kind, any layout."""
+        """Fold the adapters into the weights: W + strength * change(W), computed in float32. Any kind, any layout.
+
+        Where the strength is 0 the weights are not touched: adding zeros would still turn -0 into 0.
+        """
+        strength = Strength.of(strength)
         networks = {part: network for part, network in base.modules().items() if part != "vae"}
         adapters = files.read_adapters(path, places={part: places_of(network) for part, network in networks.items()})
         layers = {f"{part}.{name.removeprefix('text_model.')}": layer for part, network in networks.items() for name, layer in network.named_modules()}
         for name, module in adapters.modules.items():
             try:
-                layer = layers[name]
-                layer.weight.data += (strength * module.change(layer.weight.data)).to(layer.weight)
-                if getattr(module, "bias", None) is not None:
-                    layer.bias.data += (strength * module.bias.float()).to(layer.bias)
+                layer, share = layers[name], strength.on(name.partition(".")[0])
+                change = share * _first(module, strength.rank).change(layer.weight.data)
+                if share:
+                    layer.weight.data += change.to(layer.weight)
+                if share and getattr(module, "bias", None) is not None:
+                    layer.bias.data += (share * module.bias.float()).to(layer.bias)
             except (KeyError, AttributeError, RuntimeError):
                 raise Problem(f"The LoRA {path} does not fit the model {base.name!r}.", f"Its module {name} is not there or has another width.",
                               "Load it on a base of the family it was trained from.") from None
         base.states.clear()
         told = read_json(path / "artifact.json") if (path / "artifact.json").is_file() else {}
         return Loaded(cls.name, adapters.metadata.get("finetune.trigger") or told.get("trigger"), path, adapters.metadata)
+
+
+def _first(module: Adapter, rank: int | None) -> Adapter:
+    """A pair's first inner dimensions with its scale unchanged, as the web UI's fourth argument; other kinds as they are."""
+    if isinstance(module, DoraModule):
+        return replace(module, pair=_first(module.pair, rank))
+    if rank is None or not isinstance(module, LoraModule) or rank >= module.rank:
+        return module
+    return LoraModule(module.down[:rank], module.up[:, :rank], module.scale * rank)

@@ -147,7 +147,7 @@ class TextualInversion(Method):
 
     @classmethod
     def load(cls, base: Base, path: Path, strength: float) -> Loaded:
-        """Add the trigger's rows; strength scales them around the mean row of the table."""
+        """Add the trigger's rows; strength scales them around the mean row of the table, and 0 adds no word: that is the base."""
         found = embedding.read(path)
         given = [found.vectors] if found.second is None else [found.vectors, found.second]
         other = path.with_name(DIFFUSERS[1])
@@ -158,12 +158,20 @@ class TextualInversion(Method):
         if widths != wanted:
             raise Problem(f"The embedding {path} is {' and '.join(map(str, widths))} wide, the model {base.name!r} takes {' and '.join(map(str, wanted))}.",
                           "It was trained on another family of models.", "Use it with a model of that family.")
-        trigger = found.token or found.metadata.get("finetune.trigger") or path.stem
+        trigger = word_of(path, found)
+        if strength == 0:
+            return Loaded(cls.name, trigger, path, found.metadata)
         if strength != 1:
             middles = [table.float().mean(0) for table in tables]
             given = [middle + strength * (rows.to(middle) - middle) for rows, middle in zip(given, middles, strict=True)]
         add_tokens(base, trigger, *given)
         return Loaded(cls.name, trigger, path, found.metadata)
+
+
+def word_of(path: Path, found: embedding.Embedding) -> str:
+    """The word an embedding answers to: the one its file states; of a web UI's pickle the file's stem, whatever it was called inside."""
+    of_webui = path.suffix != ".safetensors" and found.token == found.metadata.get("name")
+    return (not of_webui and found.token) or found.metadata.get("finetune.trigger") or path.stem
 
 
 def _holds_embedding(path: Path) -> bool:
