@@ -142,8 +142,20 @@ def test_of_two_true_captions_the_one_that_says_more_is_wanted_more():
     by_picture = np.log(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))
     by_caption = np.log(np.exp(logits) / np.exp(logits).sum(0, keepdims=True))
     rows = -(by_picture[0, 0] / 17 + by_picture[0, 1] * 16 / 17 + by_picture[1, 2]) / 2  # two attributes against four: 1 to 16
-    columns = -(by_caption[0, 0] + by_caption[0, 1] + by_caption[1, 2]) / 3
+    columns = -(by_caption[0, 0] + by_caption[0, 1]) / 2  # the third caption is a rival, asked of the pictures alone
     assert float(found) == pytest.approx((rows + columns) / 2, rel=1e-6)
+
+
+def test_rivals_are_the_full_captions_and_captions_wrong_in_one_attribute():
+    pictures = describe(200, seed=6)
+    said = judge.rivals(pictures, Random(0))
+    table = judge.matches(said, pictures)
+    silenced = torch.tensor([one.pattern is not None and other.pattern is None for one, other in zip(said[:200], said[200:], strict=True)])
+    assert table[:, :200].diagonal().all() and torch.equal(table[:, 200:].diagonal(), silenced)  # silence says nothing wrong
+    assert judge.named(said)[200:][silenced].lt(judge.named(said)[:200][silenced]).all()
+    kinds = ("noun", "colour", "pattern", "scene", "style")
+    changed = [[kind for kind in kinds if getattr(one, kind) != getattr(other, kind)] for one, other in zip(said[:200], said[200:], strict=True)]
+    assert all(len(one) == 1 for one in changed) and 0.4 < sum(one == ["pattern"] for one in changed) / 200 < 0.6
 
 
 def test_hard_negative_groups_share_two_attributes():

@@ -87,20 +87,44 @@ def named(said: list[Said]) -> Tensor:
     return torch.tensor([sum(getattr(one, kind) is not None for kind in kinds) for one in said], dtype=torch.float32)
 
 
+def rivals(pictures: list[Picture], random: Random) -> list[Said]:
+    """For each picture its full caption, then for each one that differs in one attribute, half of them in the pattern.
+
+    Batches hold few captions that are wrong in the pattern alone, and without such a model learns to read captions as bags of
+    words (Yuksekgonul et al., 2023: composed negatives are the cure).
+    """
+    swapped = []
+    for picture in pictures:
+        kind = "pattern" if random.random() < 0.5 else random.choice([kind for kind in KINDS if kind != "pattern"])
+        mine = getattr(picture, "noun" if kind == "class" else kind)
+        swapped.append(_swapped(picture, kind, random.choice([value for value in KINDS[kind] if value != mine])))
+    return [_fully_said(one) for one in [*pictures, *swapped]]
+
+
+def _fully_said(picture: Picture) -> Said:
+    """The full caption and what it names; "plain" is never named, nor a second colour that is not seen."""
+    plain = picture.pattern == "plain"
+    second, pattern = (None, None) if plain else (picture.second, picture.pattern)
+    return Said(full_caption(picture), picture.noun, picture.colour, second, pattern, picture.scene, picture.style)
+
+
 def contrastive_loss(picture_features: Tensor, text_features: Tensor, scale: Tensor, table: Tensor, says: Tensor) -> Tensor:
     """Symmetric InfoNCE in which every true pair counts as a positive (Khosla et al., 2020).
+
+    There may be more captions than pictures: those beyond are rivals that a picture must tell from its own (see `rivals`).
 
     Of two captions that are true of a picture the one that says more is wanted more, four times as much for every attribute
     it names: so stripes that are mentioned beat silence, and silence is no lie.
 
     Args:
-        table: true pairs, (pictures, captions). says: attributes each caption names, (captions,).
+        table: true pairs, (pictures, captions); caption i < pictures is true of picture i. says: attributes each caption names, (captions,).
     """
     logits = scale * picture_features @ text_features.T
     true = table.float()
     wanted = true * 4.0 ** (says - says.max())
     rows = -(F.log_softmax(logits, dim=1) * wanted / wanted.sum(1, keepdim=True)).sum(1).mean()
-    columns = -(F.log_softmax(logits, dim=0) * true / true.sum(0, keepdim=True)).sum(0).mean()
+    own, true = logits[:, : len(logits)], true[:, : len(logits)]
+    columns = -(F.log_softmax(own, dim=0) * true / true.sum(0, keepdim=True)).sum(0).mean()
     return (rows + columns) / 2
 
 
@@ -143,6 +167,7 @@ def train(
         shown = [pictures[place] for place in chosen]
         random = Random(f"judge {seed} {step}")
         said = [caption(picture, random, _DROPS, identifiers=0.05) for picture in shown]
+        said += rivals(shown, Random(f"rivals {seed} {step}"))
         soft = [place < len(soft_pixels) and random.random() < 0.5 for place in chosen]
         seen = np.stack(
             [(soft_pixels if soften else pixels)[place] for place, soften in zip(chosen, soft, strict=True)]
@@ -175,7 +200,7 @@ def prompt_matching(
     features = torch.cat([model.image_features(seen[start : start + 100]) for start in range(0, len(seen), 100)])
     scores = {}
     for kind, values in KINDS.items():
-        swaps = [_swapped(picture, kind, value) for picture in pictures for value in values]
+        swaps = [full_caption(_swapped(picture, kind, value)) for picture in pictures for value in values]
         texts = [
             model.text_features(tokens(tokenizer, swaps[start : start + 250], full=False)) for start in range(0, len(swaps), 250)
         ]
@@ -185,9 +210,9 @@ def prompt_matching(
     return scores
 
 
-def _swapped(picture: Picture, kind: str, value: str) -> str:
-    """The full caption of a picture with one attribute replaced."""
+def _swapped(picture: Picture, kind: str, value: str) -> Picture:
+    """A picture with one attribute replaced."""
     changed = {**vars(picture), "noun" if kind == "class" else kind: value}
     if kind == "pattern" and value != "plain" and picture.second is None:
         changed["second"] = seconds_for(picture.colour)[0]
-    return full_caption(Picture(**changed))
+    return Picture(**changed)
