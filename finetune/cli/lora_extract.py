@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import track
 
+from finetune import runs
 from finetune.cli import lora_tools
 from finetune.errors import Problem
 from finetune.settings import setting
@@ -61,7 +62,9 @@ def run(settings: Settings, console: Console) -> None:
     console.print(f"of the whole difference between the models {lora_tools.share(energy + outside, outside + sum(row.lost for row in rows)):.2%} is kept; "
                   f"{outside / (energy + outside):.2%} lies in layers left out (norms, biases, embeddings"
                   + (", residual blocks; --conv-rank takes those)" if settings.conv_rank is None else ")"), soft_wrap=True)
-    metadata = {"finetune.base": base.name, "finetune.base_hash": base.hash, "finetune.prediction_type": base.prediction,
+    own = tuned.location.path / "finetune.json"
+    facts = {key: value for key, value in (runs.read_json(own) if own.is_file() else {}).items() if key in lora_tools.KEPT}
+    metadata = facts | {"finetune.base": base.name, "finetune.base_hash": base.hash, "finetune.prediction_type": base.prediction,
                 "finetune.extracted": Path(settings.tuned).name}
     lora_tools.write(settings.output, modules, metadata, settings.dtype, console)
 

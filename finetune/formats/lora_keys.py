@@ -25,9 +25,9 @@ PARTS = {
         ".lora_B.weight": "up",
         ".lora_A.default.weight": "down",
         ".lora_B.default.weight": "up",
-        ".lora_magnitude_vector.default.weight": "magnitude",
-        ".lora_magnitude_vector.weight": "magnitude",
-        ".lora_magnitude_vector": "magnitude",
+        ".lora_magnitude_vector.default.weight": "row_magnitude",
+        ".lora_magnitude_vector.weight": "row_magnitude",
+        ".lora_magnitude_vector": "row_magnitude",
         ".oft_R.weight": "oft_R",
     },
     "lycoris": {
@@ -60,6 +60,7 @@ KINDS = {
     "oft_R": ("OFT of inputs", ()),
     "diff": ("full difference", ()),
     "magnitude": ("DoRA", ("down", "up")),
+    "row_magnitude": ("DoRA", ("down", "up")),
 }
 _OTHER_ADAPTERS = {
     ".oft_diag": "old OFT",

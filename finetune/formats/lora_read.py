@@ -125,7 +125,8 @@ def build(name: str, parts: Mapping[str, Tensor], alpha: float | None, metadata:
         check_pair(name, pair)
         if kind == "LoRA":
             return pair
-        return DoraModule(pair, _magnitude(parts["magnitude"], pair), "base" if metadata.get("finetune.dora_norm") == "base" else "merged")
+        of_base = metadata.get("finetune.dora_norm") == "base" and "magnitude" in parts  # PEFT's are of the merged weight
+        return DoraModule(pair, _magnitude(parts, pair), "base" if of_base else "merged")
     if kind in ("LoHa", "LoKr"):
         prefix = "hada_" if kind == "LoHa" else "lokr_"
         tensors = {part.removeprefix(prefix): value for part, value in parts.items() if part.startswith(prefix)}
@@ -152,12 +153,13 @@ def _with_core(parts: Mapping[str, Tensor]) -> Tensor:
     return torch.einsum("rskl,si->rikl", parts["mid"].float(), parts["down"].float().flatten(1))
 
 
-def _magnitude(value: Tensor, pair: LoraModule) -> Tensor:
-    """A magnitude in the shape (O, 1, ...) or (1, I, 1, ...); PEFT stores a bare row, or (1, O, 1, 1) for convolutions."""
+def _magnitude(parts: Mapping[str, Tensor], pair: LoraModule) -> Tensor:
+    """A magnitude as (O, 1, ...) or (1, I, ...). PEFT's is always of outputs, as a bare row or (1, O, 1, 1)."""
     ones = [1] * (pair.down.ndim - 2)
-    if value.numel() == pair.up.shape[0] and (value.ndim == 1 or value.shape[0] == pair.up.shape[0]):
-        return value.reshape(-1, 1, *ones)
-    return value.reshape(1, -1, *ones)
+    if "row_magnitude" in parts:
+        return parts["row_magnitude"].reshape(-1, 1, *ones)
+    value = parts["magnitude"]
+    return value.reshape(-1, 1, *ones) if value.shape[0] == pair.up.shape[0] else value.reshape(1, -1, *ones)
 
 
 def check_pair(name: str, module: LoraModule) -> None:
