@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -118,7 +117,8 @@ def of_prompt(prompt: str, folder: Path | None) -> tuple[str, list[Artifact], li
     if uses and folder is None:
         raise Problem(f"The prompt names the {named.TITLE[uses[0].kind]} {uses[0].name!r}.", "Names are looked up in one folder, and none was given.",
                       "Add --artifacts-dir FOLDER, or give the file with --artifact PATH.")
-    artifacts = [Artifact(named.resolve(use.kind, use.name, folder), use.unet, use.text if use.text != use.unet else None, use.rank, "prompt")
+    artifacts = [Artifact(named.resolve(use.kind, use.name, folder), use.unet, use.text if use.kind == "lora" and use.text != use.unet else None,
+                          use.rank, "prompt")
                  for use in uses]
     if folder is not None:
         if not folder.is_dir():
@@ -135,43 +135,13 @@ def load(model: str, device: str, precision: str, artifacts: tuple[Artifact, ...
 
     quiet.libraries()
     from finetune.methods import load_artifacts
+    from finetune.methods.base import Strength
     from finetune.model import load as load_base
     from finetune.model.base import pick_device
 
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     base = load_base(model, pick_device(device), kinds[precision])
-    with tempfile.TemporaryDirectory() as home:
-        places = [(_changed(one, Path(home) / str(place)), one.strength) for place, one in enumerate(artifacts)]
-        loaded = load_artifacts(base, places)
-    return Ready(base, tuple(replace(found, path=one.path) if found.path.is_relative_to(home) else found
-                             for found, one in zip(loaded, artifacts, strict=True)))
-
-
-def _changed(artifact: Artifact, home: Path) -> Path:
-    """The artifact's path; of a LoRA with two strengths or a smaller rank, that of a changed copy.
-
-    Two strengths become one by a factor text / unet on the text encoders' scale; a smaller rank keeps the first
-    dimensions and the scale alpha / rank, as the web UI's `dyn` does.
-    """
-    if artifact.text is None and artifact.rank is None:
-        return artifact.path
-    import torch
-
-    from finetune.formats import lora
-
-    if artifact.text is not None and artifact.strength == 0:
-        raise Problem(f"{artifact.path} is asked for with strength {artifact.text:g} on the text encoder and 0 on the UNet.",
-                      "The one is expressed as a share of the other.", "Give the UNet a strength such as 0.001.")
-    modules, metadata = lora.read(artifact.path)
-    share = 1.0 if artifact.text is None else artifact.text / artifact.strength
-    changed = {}
-    for name, module in modules.items():
-        keep = min(artifact.rank or module.down.shape[0], module.down.shape[0])
-        scale = module.alpha / module.down.shape[0] * (share if name.startswith("text_encoder") else 1.0)
-        changed[name] = lora.LoraModule(module.down[:keep], module.up[:, :keep].float() * scale, float(keep))
-    home.mkdir()
-    lora.write_kohya(home / "changed.safetensors", changed, metadata, torch.float32)
-    return home / "changed.safetensors"
+    return Ready(base, tuple(load_artifacts(base, [(one.path, Strength(one.strength, one.text, one.rank)) for one in artifacts])))
 
 
 def facts(artifact: Artifact, loaded: Any) -> dict[str, Any]:
