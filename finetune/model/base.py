@@ -188,7 +188,7 @@ def _from_folder(location: Location, dtype: torch.dtype) -> dict[str, Any]:
     if location.delta:
         from finetune.model import delta
 
-        delta.apply(parts["unet"], location.delta, _hash(replace(location, variant="plain", delta=None)))
+        delta.apply(parts["unet"], location.delta, weights_hash(replace(location, variant="plain", delta=None)))
     return parts
 
 
@@ -217,11 +217,12 @@ def _from_file(location: Location, dtype: torch.dtype) -> dict[str, Any]:
 @contextlib.contextmanager
 def _loading(path: Path) -> Any:
     """Library errors about files become one sentence that names the model."""
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (SingleFileComponentError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = (str(error).splitlines() or ["no details"])[0]
         raise Problem(f"The model {path} cannot be loaded.", f"{type(error).__name__}: {first}",
                       "Check that the download is complete; `finetune inspect` reads its headers.") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from finetune.errors import Problem
 from finetune.formats import header
-from finetune.model.families import CHANNELS
+from finetune.model.families import CHANNELS, COMPONENTS, TOYBOX
 
 MERGES = Path(__file__).resolve().parent / "vocabulary" / "clip-merges.txt.gz"
 V_KEY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -59,16 +60,30 @@ def config_folder(checkpoint: Path, family: str, variant: str = "plain") -> Iter
     Raises:
         Problem: the checkpoint is of no family whose configuration is known.
     """
-    if family not in PADS:
+    if family not in (*PADS, "toybox"):
         raise Problem(f"The checkpoint {checkpoint} is of no known family.",
                       "A single file says nothing of its architecture; known are Stable Diffusion 1.x, 2.x and XL.", "Use a diffusers folder instead.")
-    parts = parts_of(family, variant)
-    parts["scheduler"] |= _spoken(checkpoint, family)
-    if family == "sd2" and parts["scheduler"]["prediction_type"] == "v_prediction":
-        parts["unet"]["sample_size"] = 96
+    spoken = _spoken(checkpoint, family)
     with tempfile.TemporaryDirectory() as name:
-        write_folder(Path(name), parts, PADS[family])
+        if family == "toybox":
+            _copy_toybox(Path(name), {"unet": {"in_channels": CHANNELS[variant]}, "scheduler": spoken})
+        else:
+            parts = parts_of(family, variant)
+            parts["scheduler"] |= spoken
+            if family == "sd2" and "prediction_type" in spoken:
+                parts["unet"]["sample_size"] = 96
+            write_folder(Path(name), parts, PADS[family])
         yield Path(name)
+
+
+def _copy_toybox(folder: Path, changes: dict[str, dict[str, Any]]) -> None:
+    """The embedded base's folder without its weights, with some settings changed."""
+    shutil.copyfile(TOYBOX / "model_index.json", folder / "model_index.json")
+    for part in COMPONENTS:
+        shutil.copytree(TOYBOX / part, folder / part, ignore=shutil.ignore_patterns("*.safetensors"))
+        path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        if part in changes:
+            path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes[part]), encoding="utf-8")
 
 
 def parts_of(family: str, variant: str = "plain") -> dict[str, dict[str, Any]]:
@@ -86,8 +101,9 @@ def _spoken(checkpoint: Path, family: str) -> dict[str, Any]:
     """What a checkpoint predicts, and whether its schedule ends without signal, as the scheduler's configuration says it.
 
     SD 2.x tells by the .yaml beside it or a statistic; SDXL by empty tensors named `v_pred` and `ztsnr` (docs/formats.md).
+    A toybox of ours has the .yaml too.
     """
-    if family == "sd2" and predicts_v(checkpoint):
+    if family in ("sd2", "toybox") and predicts_v(checkpoint):
         return {"prediction_type": "v_prediction"}
     if family == "sdxl":
         marks = header.read_header(checkpoint).tensors.keys() & {"v_pred", "ztsnr"}
@@ -96,7 +112,7 @@ def _spoken(checkpoint: Path, family: str) -> dict[str, Any]:
 
 
 def predicts_v(checkpoint: Path) -> bool:
-    """Whether an SD 2.x checkpoint predicts v: by the .yaml beside it, else by ComfyUI's statistic (docs/formats.md, "Single checkpoint")."""
+    """Whether a checkpoint with one text encoder predicts v: by the .yaml beside it, else by ComfyUI's statistic (docs/formats.md, "Single checkpoint")."""
     beside = checkpoint.with_suffix(".yaml")
     if beside.is_file():
         return any(line.split("#")[0].replace('"', "").replace("'", "").split() == ["parameterization:", "v"]

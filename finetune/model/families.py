@@ -96,7 +96,7 @@ def _folder(path: Path, name: str) -> Location:
 def _single_file(path: Path) -> Location:
     if path.suffix != ".safetensors":
         raise Problem(f"The checkpoint {path} is not a .safetensors file.", "Pickled checkpoints can run code when opened.",
-                      f"Convert it to .safetensors first: finetune convert {path.name} --to single-file.")
+                      f"Convert it to .safetensors first: finetune convert {path} --to single-file --output {path.with_suffix('.safetensors')}")
     tensors = header.read_header(path).tensors
     width = next((tensors[key].shape[-1] for key in map(WIDTH_KEY.format, (1, 2, 4)) if key in tensors), None)
     if width is None:
@@ -109,7 +109,9 @@ def _single_file(path: Path) -> Location:
         raise Problem(f"The checkpoint {path} is an SDXL network without its text encoders.", f"It has no {XL_KEY}* weights.",
                       "Use the whole checkpoint or the diffusers folder.")
     channels = tensors[CHANNELS_KEY].shape[1] if CHANNELS_KEY in tensors else 4
-    return Location("single-file", path, "sdxl" if two else _family(width), _variant(channels, str(path)))
+    first = tensors[CHANNELS_KEY].shape[0] if CHANNELS_KEY in tensors else None
+    toybox = (width, first) == (TOYBOX_SHAPE[0], TOYBOX_SHAPE[1][0])
+    return Location("single-file", path, "sdxl" if two else "toybox" if toybox else _family(width), _variant(channels, str(path)))
 
 
 def _variant(channels: int, name: str) -> Literal["plain", "inpainting", "depth"]:
