@@ -30,6 +30,10 @@ def run(settings: Any, console: Console) -> None:
     from finetune.training import train
 
     quiet.libraries()
+    if settings.push_to_hub:
+        from finetune.cli import hub
+
+        hub.check_name(settings.push_to_hub)
     best = settings.keep == "best" and not of_comparison(settings.output)
     if best:  # a judge that is not to be had is a reason not to begin
         from finetune.cli.generate import OTHERS, SAMPLING
@@ -43,6 +47,8 @@ def run(settings: Any, console: Console) -> None:
     if best:
         steps, guidance = SAMPLING.get(family_of(settings.model), OTHERS)
         curves.trace_run(folder, console, sampler={"steps": steps, "guidance": guidance}, judge={key: getattr(settings, key) for key in JUDGES})
+    if settings.push_to_hub:
+        hub.push(folder, settings.push_to_hub, console)
 
 
 def of_comparison(output: Path | None) -> bool:

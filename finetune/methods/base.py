@@ -177,6 +177,14 @@ class Method(ABC):
     def expected_bytes(self, base: Base) -> int:
         """Bytes `export` will write, to be printed before the first step (weights; headers are not counted)."""
 
+    def targets(self) -> tuple[str, ...]:
+        """What --export may name for this method as it is set: targets whose files `export` writes anyway, or adds when asked."""
+        return ()
+
+    def added_files(self, base: Base, metadata: dict[str, str]) -> dict[str, int]:
+        """File name -> exact bytes of what --export adds to the usual files."""
+        return {}
+
     @classmethod
     @abstractmethod
     def find(cls, path: Path) -> Path | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import Problem
+from finetune.formats import ldm
 from finetune.formats.folder import finish_diffusers_folder
 from finetune.methods.base import Group, Loaded, Method, Strength, bytes_per_number, export_dtype
 from finetune.methods.ema import Ema
@@ -88,7 +89,8 @@ class DreamBooth(Method):
         return self._ema.state() if self._ema else {}
 
     def expected_bytes(self, base: Base) -> int:
-        return sum(value.numel() for part in base.modules().values() for value in part.parameters()) * bytes_per_number(self.settings)
+        count = sum(value.numel() for part in base.modules().values() for value in part.parameters())
+        return count * bytes_per_number(self.settings) * (2 if self._single else 1)
 
     def export(self, base: Base, folder: Path, metadata: dict[str, str]) -> None:
         """A diffusers pipeline folder any tool of the field opens, plus finetune.json with the metadata."""
@@ -99,6 +101,22 @@ class DreamBooth(Method):
             pipe.save_pretrained(folder, safe_serialization=True)
         finish_diffusers_folder(folder)
         write_json(folder / "finetune.json", metadata)
+        if self._single:
+            ldm.write(folder / f"{self.stem}.safetensors", ldm.of_folder(folder), metadata, None, ldm.original_text(base.location.path))
+
+    @property
+    def _single(self) -> bool:
+        """Whether one file with the whole model was asked for; the web UIs and kohya's scripts read nothing else."""
+        return bool({"single-file", "webui", "kohya"} & set(self.settings.export))
+
+    def targets(self) -> tuple[str, ...]:
+        return ("diffusers", "webui", "kohya", "single-file")
+
+    def added_files(self, base: Base, metadata: dict[str, str]) -> dict[str, int]:
+        if not self._single:
+            return {}
+        live, kind = ldm.of_modules(base.modules(), base.scheduler_config), "F16" if self.settings.export_dtype == "fp16" else "F32"
+        return {f"{self.stem}.safetensors": ldm.expected_bytes(live, kind, self.stem, metadata, ldm.original_text(base.location.path))}
 
     @classmethod
     def find(cls, path: Path) -> Path | None:

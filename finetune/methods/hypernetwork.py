@@ -217,6 +217,9 @@ class Hypernetwork(Method):
         """Whether the web UI's file can express these networks (and A1111 and ComfyUI agree on them)."""
         return self.roles == ["key", "value"] and not (self.settings.layer_norm and self.settings.activation != "linear")
 
+    def targets(self) -> tuple[str, ...]:
+        return ("webui",) if self._for_webui else ()
+
     def export(self, base: Base, folder: Path, metadata: dict[str, str]) -> None:
         """NAME.safetensors always; NAME.pt for web UIs where they can express it (key and value)."""
         places = [index for index, layer in enumerate(self.networks[next(iter(self.networks))].linear) if isinstance(layer, nn.Dropout)]

@@ -150,6 +150,9 @@ class Lora(Method):
             return count * bytes_per_number(self.settings)
         return count * bytes_per_number(self.settings) * 2  # kohya's layout and PEFT's
 
+    def targets(self) -> tuple[str, ...]:
+        return ("diffusers", "webui", "kohya") if self.settings.variant in PLAIN else ("webui", "kohya")
+
     def export(self, base: Base, folder: Path, metadata: dict[str, str]) -> None:
         """NAME.safetensors, the layout people exchange, and PEFT's form of the same numbers.
 

@@ -120,6 +120,9 @@ class TextualInversion(Method):
         numbers = sum(rows.numel() for rows in self._rows)
         return (3 if len(self._rows) == 1 else 2) * numbers * 4  # every vector in each of three files, or of SDXL's two; always float32
 
+    def targets(self) -> tuple[str, ...]:
+        return ("diffusers", "webui", "kohya")
+
     def export(self, base: Base, folder: Path, metadata: dict[str, str]) -> None:
         """TRIGGER.safetensors and TRIGGER.pt (web UI), and learned_embeds.safetensors (diffusers).
 

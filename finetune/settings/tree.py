@@ -97,6 +97,10 @@ class TrainSettings(RunSettings):
     preview_every: int = setting(0, "render previews every so many steps; 0 is off", unit="steps", group="run", ge=0)
     preview_prompt: list[str] = setting([], "prompt to preview, may be repeated [default: the instance prompt]", group="run")
     export_dtype: Literal["fp16", "fp32"] = setting("fp16", "number format of exported weights; embeddings are always fp32", group="run")
+    export: list[str] = setting(
+        [], "diffusers, webui, kohya or single-file: write that target's files too, where the usual ones lack them; may be repeated", group="run")
+    push_to_hub: str | None = setting(
+        None, "upload the artifact with a model card to this hub repository (OWNER/NAME); nothing is uploaded without it", group="run")
 
     @model_validator(mode="after")
     def _selection_is_possible(self) -> TrainSettings:

@@ -50,6 +50,9 @@ def lines(settings: TrainSettings, method: Method, base: Base, intake: Any, clas
     each = seen / max(1, len(intake.pictures))
     found.append(("will see", f"{seen:,} pictures in {settings.steps:,} steps of {settings.batch_size * settings.accumulate}: each picture {each:.3g} times"))
     found.append(("artifact", f"{method.expected_bytes(base):,} bytes of weights to {settings.output}/artifact"))
+    metadata = artifacts.describe(settings, method, base, len(intake.pictures), settings.steps)
+    for file, size in method.added_files(base, metadata).items():
+        found.append(("", f"{size:,} bytes of them are {file}, its header counted"))
     if settings.export_every:
         number = artifacts.count(settings)
         size = number * method.expected_bytes(base)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import finetune
 from finetune import runs
+from finetune.errors import Problem
 from finetune.methods.base import Method
 from finetune.model.base import Base
 from finetune.settings import TrainSettings
@@ -26,11 +27,7 @@ def export(folder: Path, settings: TrainSettings, method: Method, base: Base, pi
     Args:
         pictures: how many the method learns from.
     """
-    metadata = {"finetune.method": method.name, "finetune.base": base.name, "finetune.base_hash": base.hash,
-                "finetune.prediction_type": base.prediction, "finetune.steps": str(step), "finetune.seed": str(settings.seed),
-                "finetune.trigger": method.trigger, "finetune.class_noun": method.noun, "finetune.resolution": str(settings.resolution),
-                "finetune.pictures": str(pictures), "finetune.licence": "that of the base model",
-                "finetune.versions": ", ".join([f"finetune {finetune.__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)])}
+    metadata = describe(settings, method, base, pictures, step)
     with runs.atomic_folder(folder / "artifact") as fresh:
         with at_rest(base, method), _length(method, step):
             method.export(base, fresh, metadata)
@@ -39,6 +36,24 @@ def export(folder: Path, settings: TrainSettings, method: Method, base: Base, pi
             "method": method.name, "trigger": method.trigger, "subject": method.subject, "class_noun": method.noun, "step": step,
             "metadata": metadata,
             "files": [{"file": str(path.relative_to(fresh)), "bytes": path.stat().st_size, "sha256": runs.sha256(path)} for path in files]})
+
+
+def describe(settings: TrainSettings, method: Method, base: Base, pictures: int, step: int) -> dict[str, str]:
+    """The `finetune.*` metadata every file of the artifact carries. No date: equal runs give equal bytes."""
+    return {"finetune.method": method.name, "finetune.base": base.name, "finetune.base_hash": base.hash,
+            "finetune.prediction_type": base.prediction, "finetune.steps": str(step), "finetune.seed": str(settings.seed),
+            "finetune.trigger": method.trigger, "finetune.class_noun": method.noun, "finetune.resolution": str(settings.resolution),
+            "finetune.pictures": str(pictures), "finetune.licence": "that of the base model",
+            "finetune.versions": ", ".join([f"finetune {finetune.__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)])}
+
+
+def check_targets(settings: TrainSettings, method: Method) -> None:
+    """Refuse what --export names and the method has no files for, before anything is read."""
+    for target in settings.export:
+        if target not in method.targets():
+            have = ", ".join(method.targets()) or "finetune alone"
+            raise Problem(f"--export {target} is not available for {method.title} as it is set.", f"Its files are for {have}.",
+                          "Leave it out; docs/exporting.md says which method reaches which program, and what to train instead.")
 
 
 def along_the_way(folder: Path, step: int) -> Path:
