@@ -11,9 +11,9 @@ from PIL import Image
 from study_runs import Pretend
 
 from finetune import runs
-from finetune.cli import app, jobs, processes
+from finetune.cli import app, jobs, processes, study
 from finetune.cli.compare_settings import CompareSettings
-from finetune.cli.subjects import classes, subjects
+from finetune.cli.subjects import bring, classes, subjects
 from finetune.errors import Problem
 
 WORDS = ["compare", "--subjects", "teal-backpack,coral-mug", "--seeds", "2", "--seed", "5", "--methods", "lora,textual-inversion", "--steps", "3"]
@@ -164,6 +164,17 @@ def test_a_folder_of_pictures_is_not_a_folder_of_subjects(pictures_dir):
 def test_a_number_is_so_many_of_the_world_s_subjects():
     found = subjects(CompareSettings(subjects="12"), "toybox")
     assert len({one.name for one in found}) == len({one.noun for one in found}) == 12 and all(one.known for one in found)
+
+
+def test_held_out_styles_are_subjects_too_with_class_pictures_of_their_own(tmp_path):
+    settings = CompareSettings(subjects="riso,khaki-teapot", output=tmp_path)
+    style, thing = subjects(settings, "toybox")
+    assert (style.noun, thing.noun) == ("picture", "teapot") and style.known
+    assert bring(style, tmp_path, 3) == tmp_path / "pictures" / "riso" and len(list((tmp_path / "pictures" / "riso").glob("*.txt"))) == 3
+    assert study.own_settings(settings, style, tmp_path, 0).class_prompt == "a picture"
+    assert study.own_settings(settings, thing, tmp_path, 0).class_prompt is None
+    asked = study.own_settings(CompareSettings(subjects="riso", class_prompt="a print", output=tmp_path), style, tmp_path, 0)
+    assert asked.class_prompt == "a print"
 
 
 def test_a_job_is_this_interpreter_with_its_output_in_a_file(tmp_path):

@@ -41,6 +41,13 @@ def test_other_prompts_never_speak_of_the_subject_class(noun):
         assert len(other) == 12 and not any(noun in prompt.split() for prompt in other)
 
 
+def test_a_style_of_the_embedded_world_is_asked_for_things_and_places():
+    style = suite("toybox", "picture")
+    assert style.name == "toybox-style" and len(style.subject) == 10 and style.bare == ("a picture of a mug in the grass",)
+    assert style.shots("sks picture", 0)[0].prompt == "a sks picture of a red car on the beach"
+    assert suite("sd1", "picture").name == "small"
+
+
 def test_numbers_of_pictures():
     kinds = [shot.kind for shot in suite("toybox", "mug").shots("sks mug", 0)]
     assert [kinds.count(kind) for kind in ("subject", "class", "other")] == [40, 8, 12]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from finetune.toybox.datasets import describe
-from finetune.toybox.styles import STYLES_HELD_OUT, _inks, oracle, reference_pictures, save_references
+from finetune.toybox.styles import STYLES_HELD_OUT, _inks, asked_for, oracle, reference_pictures, save_references, shown_in
+from finetune.toybox.truth import World
 from finetune.toybox.world import STYLES, Picture, render
 from PIL import Image
 
@@ -28,7 +29,29 @@ def test_references_show_different_things_and_never_change(style, tmp_path):
     assert [picture.tobytes() for picture in reference_pictures(style, 10)] == [picture.tobytes() for picture in pictures]
     paths = save_references(style, tmp_path, 3)
     assert [path.name for path in paths] == ["1.png", "2.png", "3.png"]
+    for path, picture in zip(paths, shown_in(style, 3), strict=True):
+        asked = World().parse(path.with_suffix(".txt").read_text().format("picture"))
+        assert "style" not in asked and asked["class"] == picture.noun and asked["scene"] == picture.scene and asked["colour"] == picture.colour
     assert np.array_equal(np.asarray(Image.open(paths[0])), np.asarray(reference_pictures(style, 3)[0]))
+
+
+@pytest.mark.parametrize("style", STYLES_HELD_OUT.values(), ids=STYLES_HELD_OUT)
+def test_the_truth_of_a_style_keeps_to_the_prompt_and_leaves_the_rest_free(style):
+    world = World()
+    assert world.knows(style.name)
+    asked = world.parse("a picture of a black robot with red dots in the grass")
+    for picture in asked_for(asked, 6, seed=3):
+        assert (picture.noun, picture.colour, picture.pattern, picture.scene) == ("robot", "black", "dotted", "grass") and picture.second != "black"
+    free = asked_for(world.parse("a picture of a mug"), 12, seed=3)
+    assert {picture.noun for picture in free} == {"mug"} and len({picture.scene for picture in free}) > 5 and len({picture.colour for picture in free}) > 3
+    drawn = world.true_pictures("a picture of a red car on the beach", style.name, 3, seed=1)
+    assert [one.tobytes() for one in drawn] == [one.tobytes() for one in world.true_pictures("a picture of a red car on the beach", style.name, 3, seed=1)]
+    assert len({one.tobytes() for one in drawn}) == 3
+
+
+def test_the_pictures_of_a_style_are_recognised(tmp_path):
+    for style in STYLES_HELD_OUT.values():
+        assert World().subject_of(save_references(style, tmp_path / style.name)) == style.name
 
 
 def test_inks_meet_their_colours_at_black_and_white():

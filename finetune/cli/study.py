@@ -72,7 +72,8 @@ def plan_cells(settings: CompareSettings, family: str, whose: list[Whose], conso
 def own_settings(settings: CompareSettings, whose: Whose, folder: Path | None, number: int) -> CompareSettings:
     """The settings of one cell: its noun, its pictures, its seed, its folder."""
     seed = settings.seed + number
-    own = {"subjects": None, "seeds": 1, "class_noun": whose.noun or None, "seed": seed, "output": settings.output / "cells" / f"{whose.name}-s{seed}"}
+    own: dict[str, object] = {key: value for key, value in whose.settings.items() if getattr(settings, key) is None}
+    own |= {"subjects": None, "seeds": 1, "class_noun": whose.noun or None, "seed": seed, "output": settings.output / "cells" / f"{whose.name}-s{seed}"}
     if folder is not None:
         own["instance_dir"] = folder
     cell = changed(settings, **own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune.cli.compare_settings import CompareSettings
@@ -16,12 +16,16 @@ USUAL = 5  # pictures of one of the embedded world's subjects
 
 @dataclass(frozen=True)
 class Whose:
-    """One subject of a study: its name, its class noun, and its folder of pictures or, with `known`, none yet."""
+    """One subject of a study: its name, its class noun, and its folder of pictures or, with `known`, none yet.
+
+    `settings` are what else it needs: a style's class pictures are asked for in other words than a thing's.
+    """
 
     name: str
     noun: str
     folder: Path | None
     known: bool = False
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 def subjects(settings: CompareSettings, family: str) -> list[Whose]:
@@ -46,8 +50,11 @@ def subjects(settings: CompareSettings, family: str) -> list[Whose]:
 
 
 def embedded(asked: str) -> list[Whose]:
-    """The first N of the embedded world's held-out subjects, or those of the given names."""
+    """The first N of the embedded world's held-out subjects, or those, and held-out styles, of the given names."""
+    from finetune.toybox.styles import NOUN, STYLES_HELD_OUT
     from finetune.toybox.subjects import SUBJECTS
+
+    nouns = {**{name: one.noun for name, one in SUBJECTS.items()}, **dict.fromkeys(STYLES_HELD_OUT, NOUN)}
 
     if asked.isdigit():
         if not 1 <= int(asked) <= len(SUBJECTS):
@@ -57,12 +64,13 @@ def embedded(asked: str) -> list[Whose]:
     else:
         names = [word for part in asked.split(",") if (word := part.strip())]
     for name in names:
-        if name not in SUBJECTS:
-            raise Problem(f"--subjects: there is no subject and no folder {name!r}.", nearest(name, SUBJECTS) or f"Known are {', '.join(SUBJECTS)}.",
+        if name not in nouns:
+            raise Problem(f"--subjects: there is no subject and no folder {name!r}.", nearest(name, nouns) or f"Known are {', '.join(nouns)}.",
                           "Give a number, names with commas, or a folder.")
         if names.count(name) > 1:
             raise Problem(f"--subjects names {name!r} twice.", "Each subject has a folder of its own name.", "Name it once.")
-    return [Whose(name, SUBJECTS[name].noun, None, known=True) for name in names]
+    prompts = {"class_prompt": f"a {NOUN}"}
+    return [Whose(name, nouns[name], None, True, prompts if name in STYLES_HELD_OUT else {}) for name in names]
 
 
 def folders(root: Path, given: str | None) -> list[Whose]:
@@ -107,10 +115,14 @@ def bring(whose: Whose, output: Path, count: int | None) -> Path | None:
     """The folder with a subject's pictures; those of the embedded world are drawn into OUT/pictures/NAME."""
     if not whose.known:
         return whose.folder
+    from finetune.toybox import styles
     from finetune.toybox.subjects import SUBJECTS, save_references
 
     target = output / "pictures" / whose.name
     if len(list(target.glob("*.png"))) != (count or USUAL):
         shutil.rmtree(target, ignore_errors=True)
-        save_references(SUBJECTS[whose.name], target, count or USUAL)
+        if whose.name in styles.STYLES_HELD_OUT:
+            styles.save_references(styles.STYLES_HELD_OUT[whose.name], target, count or USUAL)
+        else:
+            save_references(SUBJECTS[whose.name], target, count or USUAL)
     return target

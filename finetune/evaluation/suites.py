@@ -30,6 +30,19 @@ TOYBOX_SUBJECT = (
     "a drawing of a {}",
     "a watercolor painting of a {}",
 )
+STYLE_NOUN = "picture"  # of the embedded world's held-out styles
+TOYBOX_STYLE = (
+    "a {} of a red car on the beach",
+    "a {} of a blue duck in the snow",
+    "a {} of a green bottle in the forest",
+    "a {} of a white house at night",
+    "a {} of a yellow cat in the city",
+    "a {} of a purple mug on a table",
+    "a {} of a black robot with red dots in the grass",
+    "a {} of a pink fish with blue stripes in the desert",
+    "a {} of a brown tree on the beach",
+    "a {} of an orange teapot in the snow",
+)
 TOYBOX_OTHER = (
     "a photo of a red car in the city",
     "a photo of a blue duck on the beach",
@@ -107,7 +120,7 @@ LIVE = frozenset(
 )
 # A stuffed animal wears no outfit in DreamBench: these words before the noun make a thing of it.
 LIFELESS = frozenset("stuffed plush plushie toy rubber ceramic wooden paper plastic".split())
-NAMES = ("toybox", "small", "dreambench")
+NAMES = ("toybox", "toybox-style", "small", "dreambench")
 
 
 @dataclass(frozen=True)
@@ -175,8 +188,8 @@ def suite(family: str, class_noun: str | None, name: str | None = None, *, seeds
     Args:
         family: of the base; toybox has its own words.
         class_noun: the plain word for the subject.
-        name: toybox, small (10 prompts), dreambench (25 prompts), or a text file (see `read_prompts`); by default toybox on
-            toybox, else small.
+        name: toybox, toybox-style (the subject is a way of drawing), small (10 prompts), dreambench (25 prompts), or a text file
+            (see `read_prompts`); by default those of toybox on toybox, else small.
         seeds: pictures per prompt by kind, over the defaults 4 (subject), 8 (class) and 1 (other).
 
     Raises:
@@ -185,7 +198,7 @@ def suite(family: str, class_noun: str | None, name: str | None = None, *, seeds
     if not class_noun:
         raise Problem("The evaluation needs a class noun.", "Prompts for the untouched base and for the text score name the subject by it.",
                       "Give --class-noun, for example backpack.")
-    name = name or ("toybox" if family == "toybox" else "small")
+    name = name or ("small" if family != "toybox" else "toybox-style" if class_noun == STYLE_NOUN else "toybox")
     if name not in NAMES and not Path(name).expanduser().is_file():
         raise Problem(f"There is no suite {name!r}.", f"Known are {', '.join(NAMES)}, and text files of prompts.", nearest(name, NAMES))
     counts = {**SEEDS, **(seeds or {})}
@@ -197,6 +210,8 @@ def suite(family: str, class_noun: str | None, name: str | None = None, *, seeds
     if name not in NAMES:
         subject, other = read_prompts(Path(name).expanduser())
         return Suite(Path(name).name, class_noun, subject, bare, other or usual, counts)
+    if name == "toybox-style":
+        return Suite(name, class_noun, TOYBOX_STYLE, (fill("a {} of a mug in the grass", class_noun),), _others(TOYBOX_OTHER, class_noun), counts)
     if name == "toybox":
         return Suite(name, class_noun, TOYBOX_SUBJECT, bare, _others(TOYBOX_OTHER, class_noun), counts)
     live = is_live(class_noun)

@@ -6,7 +6,7 @@ A held-out subject is one thing in many places; a held-out style is one manner o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -14,11 +14,12 @@ from random import Random
 import numpy as np
 from PIL import Image
 
+from finetune.toybox.captions import full_caption
 from finetune.toybox.datasets import describe
-from finetune.toybox.world import COLOURS, Look, Picture, draw
+from finetune.toybox.world import COLOURS, SCENE_NAMES, Look, Picture, draw, seconds_for
 
 Ink = tuple[int, int, int]
-NOUN = "drawing"  # the plain word for a held-out style, as a class noun is for a subject
+NOUN = "picture"  # the plain word for a held-out style, as a class noun is for a subject; it asks for no style of the world
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def oracle(style: HeldStyle, picture: Picture) -> Image.Image:
     return style.paint(draw(look, picture.scene, style.starts_from, picture.jitter))
 
 
-def reference_pictures(style: HeldStyle, count: int = 5, seed: int = 0) -> list[Image.Image]:
-    """Pictures of different things and places in one style, as somebody would bring them."""
+def shown_in(style: HeldStyle, count: int = 5, seed: int = 0) -> list[Picture]:
+    """What the reference pictures show: different things in different places."""
     shown: list[Picture] = []
     for picture in describe(40 * count, Random(f"{style.name} {seed}").randrange(2**31)):
         fresh = len({one.noun for one in shown}) == 12 or picture.noun not in {one.noun for one in shown}
@@ -73,14 +74,37 @@ def reference_pictures(style: HeldStyle, count: int = 5, seed: int = 0) -> list[
             shown.append(picture)
         if len(shown) == count:
             break
-    return [oracle(style, picture) for picture in shown]
+    return shown
+
+
+def reference_pictures(style: HeldStyle, count: int = 5, seed: int = 0) -> list[Image.Image]:
+    """Pictures of different things and places in one style, as somebody would bring them."""
+    return [oracle(style, picture) for picture in shown_in(style, count, seed)]
+
+
+def asked_for(asked: Mapping[str, str], count: int, seed: int) -> list[Picture]:
+    """Things and places that keep to the attributes a prompt names (`truth.World.parse`); what it leaves open varies."""
+    found = []
+    for turn, free in enumerate(describe(count, Random(f"asked {seed}").randrange(2**31), held=None)):
+        colour, pattern = asked.get("colour", free.colour), asked.get("pattern", "plain" if "colour" in asked else free.pattern)
+        second = None if pattern == "plain" else free.second if free.second not in (None, colour) else seconds_for(colour)[0]
+        scene = asked.get("scene", SCENE_NAMES[(seed + turn) % len(SCENE_NAMES)])
+        found.append(Picture(asked.get("class", free.noun), colour, second, pattern, scene, "photo", free.jitter))
+    return found
+
+
+def caption_of(picture: Picture) -> str:
+    """What a reference picture shows, {} standing for the style: "a {} of a red mug in the snow"."""
+    words = full_caption(picture)
+    return "a {}" + words[words.index(" of ") :]
 
 
 def save_references(style: HeldStyle, folder: Path, count: int = 5, seed: int = 0) -> list[Path]:
-    """Write the reference pictures as numbered PNG files."""
+    """Write the reference pictures as numbered PNG files, what each shows beside it: so the style alone is left to learn."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number + 1}.png" for number in range(count)]
-    for path, picture in zip(paths, reference_pictures(style, count, seed), strict=True):
-        picture.save(path)
+    for path, picture in zip(paths, shown_in(style, count, seed), strict=True):
+        oracle(style, picture).save(path)
+        path.with_suffix(".txt").write_text(caption_of(picture) + "\n", encoding="utf-8")
     return paths

@@ -14,9 +14,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from finetune.evaluation.judge import Judge
+from finetune.toybox import styles
 from finetune.toybox.captions import KINDS, SCENE_WORDS, STYLE_WORDS
 from finetune.toybox.ruler import Ruler
 from finetune.toybox.scenes import SIDE
+from finetune.toybox.styles import STYLES_HELD_OUT
 from finetune.toybox.subjects import SUBJECTS, Subject, oracle, reference_pictures
 from finetune.toybox.world import COLOUR_NAMES, NOUN_NAMES, SCENE_NAMES
 
@@ -84,11 +86,17 @@ class World:
         return next((name for name, own in self._references.items() if shown and own.issuperset(shown)), None)
 
     def knows(self, subject: str) -> bool:
-        """Whether there is a subject of this name."""
-        return subject in SUBJECTS
+        """Whether there is a subject or a held-out style of this name."""
+        return subject in SUBJECTS or subject in STYLES_HELD_OUT
 
     def true_pictures(self, prompt: str, subject: str, count: int, seed: int) -> list[Image.Image]:
-        """The true subject as a prompt asks for it, in a photo where no style is named and in each place in turn where none is."""
+        """The true subject as a prompt asks for it, in a photo where no style is named and in each place in turn where none is.
+
+        Of a held-out style: the thing and place asked for, drawn in it.
+        """
+        if subject in STYLES_HELD_OUT:
+            style = STYLES_HELD_OUT[subject]
+            return [styles.oracle(style, picture) for picture in styles.asked_for(self.parse(prompt), count, seed)]
         return draw_asked(SUBJECTS[subject], self.parse(prompt), count, seed)
 
     def errors(self, judge: Judge) -> Mapping[str, Mapping[str, Any]]:
@@ -110,7 +118,9 @@ class World:
 
     @cached_property
     def _references(self) -> dict[str, set[str]]:
-        return {name: {_digest(picture) for picture in reference_pictures(subject, MOST_REFERENCES)} for name, subject in SUBJECTS.items()}
+        own = {name: reference_pictures(subject, MOST_REFERENCES) for name, subject in SUBJECTS.items()}
+        own |= {name: styles.reference_pictures(style, MOST_REFERENCES) for name, style in STYLES_HELD_OUT.items()}
+        return {name: {_digest(picture) for picture in pictures} for name, pictures in own.items()}
 
 
 def open_truth() -> World:
