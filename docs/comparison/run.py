@@ -19,18 +19,19 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-# The four subjects of the smaller questions: one of each pattern.
+# The subjects of the smaller questions: one of each pattern.
 FEW = "teal-backpack,coral-mug,turquoise-duck,khaki-teapot"
 
 
 @dataclass(frozen=True)
 class Study:
-    """One call of `finetune compare`: its rows (a recipe's own tables), and whose pictures."""
+    """One call of `finetune compare`: its rows (a recipe's own tables), whose pictures, and how many each prompt is asked for."""
 
     methods: str
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    few: bool = True
+    subjects: str | None = FEW
     pictures: int | None = None
+    evaluation_seeds: int = 2
 
 
 def vectors(count: int) -> dict[str, Any]:
@@ -42,9 +43,10 @@ def wired(transform: str, scope: str = "cross") -> dict[str, Any]:
 
 
 STUDIES: dict[str, Study] = {
-    "main": Study("dreambooth,dreambooth-no-prior,textual-inversion,lora,lora-prior,hypernetwork:key,value,hypernetwork:key,query", {
-        "dreambooth-no-prior": {"method": "dreambooth", "prior": "none"},
-        "lora-prior": {"method": "lora", "prior": "images"}}, few=False),
+    "main": Study("dreambooth,textual-inversion,lora,hypernetwork:key,value", subjects=None, evaluation_seeds=1),
+    "prior": Study("dreambooth,dreambooth-no-prior,lora,lora-prior", {
+        "dreambooth-no-prior": {"method": "dreambooth", "prior": "none"}, "lora-prior": {"method": "lora", "prior": "images"}}),
+    "style": Study("dreambooth,textual-inversion,lora,hypernetwork:key,value", subjects="blueprint,riso"),
     "rank": Study("rank-1,rank-4,rank-16,rank-64", {f"rank-{rank}": {"method": "lora", "rank": rank} for rank in (1, 4, 16, 64)}),
     "layers": Study("cross,all", {"cross": {"method": "lora", "targets": "cross-attention"}, "all": {"method": "lora", "targets": "attention"}}),
     "vectors": Study("vectors-1,vectors-2,vectors-4,vectors-8", {f"vectors-{count}": vectors(count) for count in (1, 2, 4, 8)}),
@@ -70,7 +72,8 @@ def train(work: Path, name: str, study: Study, given: argparse.Namespace) -> Non
     own = work / f"{name}.toml"
     own.write_text(recipe(study), encoding="utf-8")
     words = ["compare", "--methods", study.methods, "--recipe", own, "--output", folder, "--workers", given.workers,
-             "--subjects", FEW if study.few else given.subjects, "--seeds", 1 if study.few else given.seeds, "--evaluation-seeds", 2]
+             "--subjects", study.subjects or given.subjects, "--seeds", 1 if study.subjects else given.seeds,
+             "--evaluation-seeds", study.evaluation_seeds]
     words += ["--pictures", study.pictures] if study.pictures else []
     subprocess.run([sys.executable, "-m", "finetune", *map(str, words)], check=True)
 

@@ -23,7 +23,7 @@ from finetune.report import words  # noqa: E402
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent
 SIDE, LEFT, TOP = 96, 128, 36
-COSTS = {"training_seconds": words.seconds, "seconds_per_step": words.seconds, "peak_memory_bytes": words.size,
+COSTS = {"training_seconds": words.seconds, "training_cpu_seconds": words.seconds, "seconds_per_step": words.seconds, "peak_memory_bytes": words.size,
          "trainable_parameters": words.count, "artifact_bytes": words.size}
 
 
@@ -85,7 +85,7 @@ class Results:
 
     def heading(self, study: str, key: str) -> str:
         """A column's title with its direction."""
-        names = {"training_seconds": "training", "seconds_per_step": "a step", "peak_memory_bytes": "peak memory",
+        names = {"training_seconds": "training", "training_cpu_seconds": "training (CPU)", "seconds_per_step": "a step", "peak_memory_bytes": "peak memory",
                  "trainable_parameters": "trained numbers", "artifact_bytes": "artifact"}
         column = next((column for column in self.studies[study]["columns"] if column["key"] == key), None)
         if column is None:
