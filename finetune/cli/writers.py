@@ -61,13 +61,11 @@ def _lora(source: Source, places: Mapping[str, Path], dtype: str | None, base: s
 
     done = Written()
     names, positions, weights = _of_base(base) if base else (None, None, {})
-    found = lora.read_adapters(source.path, names, positions)
-    modules = found.modules
-    if base and any(module.kind == "OFT" for module in modules.values()):
-        modules = lora.full(modules, weights)
-        done.notes.append("OFT was written as whole differences from the base, which every reader adds alike.")
-    if dtype is None and source.path.is_file():
-        kinds = [info.dtype for info in read_header(source.path).tensors.values() if info.dtype in DTYPES.values()]
+    path = _distribution_file(source.path) if set(places) == {"kohya"} else source.path
+    found = lora.read_adapters(path, names, positions)
+    modules = {name: lora.for_readers(module, weights.get(name)) for name, module in found.modules.items()}
+    if dtype is None and path.is_file():
+        kinds = [info.dtype for info in read_header(path).tensors.values() if info.dtype in DTYPES.values()]
         kind = stream.TORCH_DTYPES[kinds[0]]
     else:
         kind = stream.TORCH_DTYPES[DTYPES[dtype or "fp16"]]
@@ -80,6 +78,11 @@ def _lora(source: Source, places: Mapping[str, Path], dtype: str | None, base: s
     if kind is torch.bfloat16:
         done.notes.append("bf16 keeps eight bits of each number; fp16 is the custom for LoRA files.")
     return done
+
+
+def _distribution_file(path: Path) -> Path:
+    """Of an artifact folder with PEFT's folders in it, the file beside them that other programs read, made with the base at hand."""
+    return next((file for file in sorted(path.glob("*.safetensors"))), path) if path.is_dir() else path
 
 
 def _of_base(name: str) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
