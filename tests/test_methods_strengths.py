@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,20 +92,33 @@ def contexts(base: Base, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return tuple(value.numpy() for value in (seen["x"] if seen["c"] is None else seen["c"], seen["to_k"], seen["to_v"]))
 
 
-@pytest.fixture
-def base(tiny_model: Path) -> Base:
+@pytest.fixture(scope="module")
+def opened(tiny_model: Path) -> Base:
+    """Read once; do not change it."""
     return load(str(tiny_model))
 
 
 @pytest.fixture
-def again(tiny_model: Path) -> Callable[[], Base]:
-    return lambda: load(str(tiny_model))
+def again(opened: Base) -> Callable[[], Base]:
+    """Fresh copies of the tiny base."""
+    return lambda: copy.deepcopy(opened)
+
+
+@pytest.fixture
+def base(again: Callable[[], Base]) -> Base:
+    return again()
+
+
+@pytest.fixture(scope="module")
+def trained(make_model: Any) -> Path:
+    """A whole network that differs from the base in every weight."""
+    return make_model(seed=5)
 
 
 # -- strength 0 --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["lora", "hypernetwork", "textual-inversion", "dreambooth"])
-def test_strength_zero_is_the_base_to_the_bit(base: Base, again: Callable[[], Base], make_model: Any, tmp_path: Path, kind: str) -> None:
+def test_strength_zero_is_the_base_to_the_bit(base: Base, again: Callable[[], Base], trained: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "some.safetensors"
     match kind:
         case "lora":
@@ -115,7 +129,7 @@ def test_strength_zero_is_the_base_to_the_bit(base: Base, again: Callable[[], Ba
         case "textual-inversion":
             save_file({"<new>": torch.randn(2, WIDTH, generator=draws(0))}, path)
         case "dreambooth":
-            path = make_model(seed=5)
+            path = trained
     plain = again()
     for fresh in (base, plain):  # a -0 that adding zero would turn into 0
         fresh.unet.get_submodule(next(iter(UNET.values()))).weight.data[0, :5] = -0.0
@@ -240,8 +254,8 @@ def test_the_word_of_a_web_uis_file_is_its_stem(base: Base, tmp_path: Path) -> N
 
 # -- DreamBooth --------------------------------------------------------------------------------------------------------
 
-def test_dreambooth_is_a_line_between_two_models(base: Base, again: Callable[[], Base], make_model: Any, tmp_path: Path) -> None:
-    path = make_model(seed=5)
+def test_dreambooth_is_a_line_between_two_models(base: Base, again: Callable[[], Base], trained: Path, tmp_path: Path) -> None:
+    path = trained
     plain, other = again(), load(str(path))
     methods.load_artifacts(base, [(path, Strength(0.25, text=-0.5))])
     for part, share in (("unet", 0.25), ("text_encoder", -0.5)):
@@ -255,8 +269,8 @@ def test_dreambooth_is_a_line_between_two_models(base: Base, again: Callable[[],
     assert all(torch.equal(one[name], two[name]) for name in one if not name.startswith("vae."))
 
 
-def test_a_whole_network_comes_first_wherever_it_is_named(base: Base, again: Callable[[], Base], make_model: Any, tmp_path: Path) -> None:
-    path = make_model(seed=5)
+def test_a_whole_network_comes_first_wherever_it_is_named(base: Base, again: Callable[[], Base], trained: Path, tmp_path: Path) -> None:
+    path = trained
     lora_file(tmp_path / "l.safetensors", base, 0)
     hypernetwork_file(tmp_path / "h.pt", 1)
     files, other = [(path, 0.5), (tmp_path / "h.pt", 0.5), (tmp_path / "l.safetensors", 0.5)], again()

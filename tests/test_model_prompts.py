@@ -19,10 +19,16 @@ from finetune.model.text import add_tokens, encode
 SHORT = ["a photo of a cat", "", "two dogs, red hat", "unheardof wörds 🐈 in it"]
 
 
+@pytest.fixture(scope="module")
+def opened(tiny_model: Path) -> Base:
+    """Read once; do not change it."""
+    return load(str(tiny_model))
+
+
 @pytest.fixture
-def base(tiny_model: Path) -> Base:
+def base(opened: Base) -> Base:
     """With a shifted final norm: an untrained one leaves states whose mean is only rounding."""
-    base = load(str(tiny_model))
+    base = copy.deepcopy(opened)
     base.text_encoder.final_layer_norm.bias.data += torch.linspace(-0.2, 0.5, base.text_encoder.config.hidden_size)
     return base
 
