@@ -163,7 +163,7 @@ class LokrModule(Adapter):
             second = tucker(part["t2"], part["w2_a"], part["w2_b"]) if "t2" in part else part["w2_a"] @ part["w2_b"]
         if second.ndim == 4:
             first = first[:, :, None, None]
-        return (self.scale * torch.kron(first, second)).to(weight.device).reshape(weight.shape)
+        return (self.scale * torch.kron(first, second.contiguous())).to(weight.device).reshape(weight.shape)
 
 
 def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
