@@ -17,6 +17,7 @@ from finetune.cli import generate_like, png
 from finetune.cli.generate_plan import Axis, Job, Sheets, axis, plan
 from finetune.errors import Problem
 from finetune.settings import RunSettings, setting
+from finetune.settings.resolve import build
 
 SAMPLING = {"toybox": (25, 4.0)}  # steps, guidance; measured on the embedded base
 OTHERS = (30, 7.5)  # what Stable Diffusion is usually sampled with
@@ -47,7 +48,7 @@ class Settings(RunSettings):
 
     steps: int | None = setting(None, "sampler steps [default: 25 for toybox, else 30]", group="sampling", ge=1)
     guidance: float | None = setting(
-        None, "classifier-free guidance scale; 1 is off [default: 4 for toybox, else 7.5]", group="sampling", ge=0)
+        None, "classifier-free guidance scale; 1 is off [default: 4 for toybox, else 7.5]", group="sampling", ge=0, le=1000)
     sampler: Literal["dpm++", "dpm++-sde", "unipc", "euler", "euler-a", "ddim", "ddpm"] = setting(
         "dpm++", "sampler, as diffusers implements it; dpm++ is DPM++ 2M", group="sampling")
     spacing: Literal["trailing", "leading", "linspace"] | None = setting(
@@ -73,12 +74,12 @@ def run(settings: Settings, console: Console) -> None:
     if settings.like:
         crossed = {one.name.replace("-", "_") for one in (x, y) if one}
         found = generate_like.read(settings.like, given | crossed, settings.artifacts_dir, console)
-        settings = settings.model_copy(update=found.values)
+        settings = build(Settings, {key: getattr(settings, key) for key in given} | found.values)  # what a picture says must be possible, too
     told = prompts_told(settings, (x, y), found, console)
     pictures = inputs.read(settings)
     location = inputs.check(settings, (x, y), pictures)
     jobs, sheets = jobs_of(settings, list(told), (x, y), told, found, location)
-    drawn = render_all(settings, jobs, pictures, location.variant, console)
+    drawn = render_all(settings, jobs, pictures, console)
     if settings.grid or x or y:
         write_sheets(settings, jobs, sheets, drawn, console)
 
@@ -122,31 +123,31 @@ def jobs_of(settings: Settings, prompts: list[str], axes: tuple[Axis | None, Axi
     return plan(first, prompts, seeds, *axes, told)
 
 
-def render_all(settings: Settings, jobs: list[Job], pictures: inputs.Pictures, variant: str, console: Console) -> dict[Job, Any]:
-    """Render the jobs, each set of artifacts on a base of its own, and write every picture as soon as it is there."""
+def render_all(settings: Settings, jobs: list[Job], pictures: inputs.Pictures, console: Console) -> dict[tuple[int, int, int], Any]:
+    """Render the jobs, each set of artifacts on a base of its own, write every picture as soon as it is there; pictures by place."""
+    from finetune.model import render
     from finetune.model.canvas import size_of
 
-    drawn: dict[Job, Any] = {}
+    drawn: dict[tuple[int, int, int], Any] = {}
+    said: set[Any] = set()
     with bar(console, "rendering", len(jobs)) as progress:
         for chosen in dict.fromkeys(job.artifacts for job in jobs):
             ready = artifacts.load(settings.model, settings.device, settings.precision, chosen)
-            mine = [job for job in jobs if job.artifacts == chosen]
-            inputs.notes(ready, chosen, mine, drawn, console)
+            mine = [replace(job, text=artifacts.spelled(job.text, ready, chosen)) for job in jobs if job.artifacts == chosen]
+            inputs.notes(ready, chosen, mine, said, console)
             height, width = size_of(ready.base.resolution, ready.base.pixels_per_latent, inputs.size(settings.size), pictures.init)
             shared = {"negative": settings.negative, "size": (height, width), "spacing": settings.spacing, "karras": settings.karras,
                       "clip_skip": settings.clip_skip}
-            common = inputs.facts(settings, ready, chosen, f"{width}x{height}") 
+            common = inputs.facts(settings, ready, chosen, f"{width}x{height}")
             for together in chunks(mine, settings.batch):
                 one = together[0]
-                from finetune.model import render
-
                 for job, picture in zip(together, render(
                         ready.base, [job.text for job in together], [job.seed for job in together], steps=one.steps, guidance=one.guidance,
                         sampler=one.sampler, init=pictures.init, strength=one.strength, mask=pictures.mask, depth=pictures.depth, weighted=True,
                         batch=settings.batch, **shared), strict=True):
                     path = settings.output / job.file
                     png.write(path, picture, common | inputs.facts_of_job(job))
-                    drawn[job] = picture
+                    drawn[job.place] = picture
                     console.print(str(path), soft_wrap=True)
                 progress(len(drawn))
             del ready
@@ -165,7 +166,7 @@ def chunks(jobs: list[Job], most: int) -> Iterator[list[Job]]:
     yield together
 
 
-def write_sheets(settings: Settings, jobs: list[Job], sheets: Sheets, drawn: dict[Job, Any], console: Console) -> None:
+def write_sheets(settings: Settings, jobs: list[Job], sheets: Sheets, drawn: dict[tuple[int, int, int], Any], console: Console) -> None:
     """grid.png, or grid-1.png, ... where there is more than two axes' worth."""
     from finetune.cli.generate_sheet import sheet
 
@@ -173,7 +174,7 @@ def write_sheets(settings: Settings, jobs: list[Job], sheets: Sheets, drawn: dic
         cells: list[list[Any]] = [[None] * len(sheets.columns) for _ in sheets.rows]
         for job in jobs:
             if job.place[0] == page:
-                cells[job.place[1]][job.place[2]] = drawn[job]
+                cells[job.place[1]][job.place[2]] = drawn[job.place]
         path = settings.output / ("grid.png" if len(sheets.titles) == 1 else f"grid-{page + 1}.png")
         named = {"sheet": {"title": title, "columns": list(sheets.columns), "rows": list(sheets.rows),
                            "files": [job.file for job in jobs if job.place[0] == page]}}

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +27,7 @@ class Artifact:
         path: as the user named it, or below --artifacts-dir.
         text: strength on the text encoders where it is another (LoRA only). rank: keep only so many dimensions (LoRA only).
         origin: whether a flag or the prompt asked for it.
+        alias: the file's stem where the prompt calls an embedding by it, as web UIs do, and not by its own word.
     """
 
     path: Path
@@ -32,6 +35,7 @@ class Artifact:
     text: float | None = None
     rank: int | None = None
     origin: Literal["flag", "prompt"] = "flag"
+    alias: str | None = None
 
     @property
     def label(self) -> str:
@@ -123,8 +127,36 @@ def of_prompt(prompt: str, folder: Path | None) -> tuple[str, list[Artifact], li
     if folder is not None:
         if not folder.is_dir():
             raise Problem(f"There is no folder {folder}.", "--artifacts-dir names where artifacts are looked up.", "Check the path.")
-        artifacts += [Artifact(path, origin="prompt") for _, path in named.words([text], folder)]
+        words = [Artifact(path, origin="prompt") for _, path in named.words([text], folder)]
+        artifacts += words + stems(text, folder, {one.path for one in words})
     return text, artifacts, notes
+
+
+def stems(text: str, folder: Path, known: set[Path]) -> list[Artifact]:
+    """Embeddings that the text calls by their file's stem, which is what web UIs do, where that is not their own word."""
+    from finetune.cli import named
+
+    found: dict[Path, Artifact] = {}
+    for stem in sorted({path.stem for suffix in named.SUFFIXES for path in folder.rglob(f"*{suffix}")}):
+        if re.search(alone(stem), text):
+            with contextlib.suppress(Problem):  # of another kind, or a word of several files: then it is a word like any other
+                path = named.resolve("embedding", stem, folder)
+                if path not in known:
+                    found[path] = Artifact(path, origin="prompt", alias=stem)
+    return list(found.values())
+
+
+def alone(stem: str) -> str:
+    """A pattern for a stem as a whole word, not as a part of `<stem>` or of a longer one."""
+    return rf"(?<![\w<-]){re.escape(stem)}(?![\w>-])"
+
+
+def spelled(text: str, ready: Ready, chosen: tuple[Artifact, ...]) -> str:
+    """The text with stems of embeddings replaced by the words the model was taught for them."""
+    for one, loaded in zip(chosen, ready.loaded, strict=True):
+        if one.alias and loaded.trigger:
+            text = re.sub(alone(one.alias), lambda match, word=loaded.trigger: word, text)
+    return text
 
 
 def load(model: str, device: str, precision: str, artifacts: tuple[Artifact, ...]) -> Ready:
@@ -151,7 +183,7 @@ def facts(artifact: Artifact, loaded: Any) -> dict[str, Any]:
     path, kind = loaded.path, KINDS.get(loaded.method, loaded.method)
     name = artifact.path.parent.name if artifact.path.name == "artifact" else artifact.path.stem
     return {"path": str(path), "name": path.stem if path.is_file() else name, "kind": kind, "strength": artifact.strength,
-            "text_strength": artifact.text, "rank": artifact.rank, "origin": artifact.origin, "word": loaded.trigger,
+            "text_strength": artifact.text, "rank": artifact.rank, "origin": artifact.origin, "alias": artifact.alias, "word": loaded.trigger,
             "hash": fingerprint(path), "short": named.hashes(path, kind)}
 
 
@@ -183,4 +215,4 @@ def found_again(told: dict[str, Any], folder: Path | None) -> Artifact:
         raise Problem(f"The artifact {told['name']!r} of that picture is not at {path}.", "The picture holds its path and hash, not its weights.", fix)
     if fingerprint(path) != told["hash"]:
         raise Problem(f"{path} is no longer the artifact that picture was made with.", "Its hash is another.", fix)
-    return Artifact(path, float(told["strength"]), told.get("text_strength"), told.get("rank"), told.get("origin", "flag"))
+    return Artifact(path, float(told["strength"]), told.get("text_strength"), told.get("rank"), told.get("origin", "flag"), told.get("alias"))

@@ -118,6 +118,8 @@ def check(settings: Settings, axes: tuple[Axis | None, ...], pictures: Pictures)
 
     along = {one.name: one.values for one in axes if one}
     size(settings.size)
+    if (last := max(along.get("seed", [settings.seed])) + settings.count - 1) >= 2**63:
+        raise Problem(f"The seed {last} is too large.", "A generator takes 63 bits.", "Use a smaller --seed.")
     for sampler in along.get("sampler", [settings.sampler]):
         schedulers.check(sampler, 1, settings.spacing, settings.karras)
     location = locate(settings.model)
@@ -131,19 +133,20 @@ def check(settings: Settings, axes: tuple[Axis | None, ...], pictures: Pictures)
     return location
 
 
-def notes(ready: Any, chosen: tuple[Any, ...], jobs: list[Job], before: dict[Any, Any], console: Console) -> None:
-    """Prompts that are long, and artifacts whose word stands in none; each said once."""
+def notes(ready: Any, chosen: tuple[Any, ...], jobs: list[Job], said: set[Any], console: Console) -> None:
+    """Prompts that are long, and artifacts whose word stands in none; each said once (`said` remembers)."""
     from finetune.model.prompts import chunk_length, count
 
-    said = {job.text for job in before}
     for text in dict.fromkeys(job.text for job in jobs if job.text not in said):
+        said.add(text)
         tokens, parts = count(ready.base, text)
         if parts > 1:
-            console.print(f"Note: the prompt “{text if len(text) < 40 else text[:39] + '…'}” has {tokens} tokens; it is read in {parts} parts of "
-                          f"{chunk_length(ready.base)}.", style="yellow", soft_wrap=True)
-    earlier = {one.path for job in before for one in job.artifacts}
+            short = text if len(text) < 40 else text[:39] + "…"
+            console.print(f"Note: the prompt “{short}” has {tokens} tokens; it is read in {parts} parts of {chunk_length(ready.base)}.",
+                          style="yellow", soft_wrap=True)
     for one, loaded in zip(chosen, ready.loaded, strict=True):
-        if loaded.trigger and one.path not in earlier and not any(loaded.trigger in job.text for job in jobs):
+        if loaded.trigger and one.path not in said and not any(loaded.trigger in job.text for job in jobs):
+            said.add(one.path)
             console.print(f"Note: no prompt contains {loaded.trigger!r}, the phrase {one.path} was trained with.", style="yellow", soft_wrap=True)
 
 

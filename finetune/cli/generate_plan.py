@@ -119,7 +119,7 @@ def value_of(flag: str, name: str, kind: Any, word: str, folder: Path | None) ->
 
 
 def plan(first: Job, prompts: list[str], seeds: list[int], x: Axis | None, y: Axis | None,
-         told: dict[str, tuple[str, tuple[Artifact, ...]]], strengths: bool = True) -> tuple[list[Job], Sheets]:
+         told: dict[str, tuple[str, tuple[Artifact, ...]]]) -> tuple[list[Job], Sheets]:
     """All jobs in order (prompts, rows, columns, seeds), and the sheets they make.
 
     Without an axis the columns are the seeds and the rows the prompts; an axis given alone gets the more numerous of
@@ -184,6 +184,7 @@ def made(first: Job, values: dict[str, Any], told: tuple[str, tuple[Artifact, ..
 
 def mark(one: Axis, place: int) -> str:
     """What a file's name says of an axis: `steps10`, `dpm++`, `toy-0.5`."""
-    value = one.values[place]
+    value, twice = one.values[place], one.labels.count(one.labels[place]) > 1
     word = one.labels[place] if one.name in ("artifact", "sampler") else f"{one.name}{value:g}"
-    return re.sub(r"[^A-Za-z0-9._+]+", "-", word).strip("-.") or f"{one.name}{place + 1}"
+    plain = re.sub(r"[^A-Za-z0-9._+]+", "-", word).strip("-.") or one.name
+    return f"{plain}-{place + 1}" if twice or plain == one.name else plain
