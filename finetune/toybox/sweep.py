@@ -40,10 +40,10 @@ from finetune.toybox.world import SCENE_NAMES
 
 GRID: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     "textual-inversion": ("textual-inversion", {}, (1e-3, 2e-3, 5e-3, 1e-2)),
-    "lora": ("lora", {}, (2e-4, 5e-4, 1e-3)),
+    "lora": ("lora", {}, (2e-4, 5e-4, 1e-3, 2e-3)),
     "hypernetwork-key-value": ("hypernetwork", {"transform": "key,value"}, (1e-4, 3e-4, 1e-3)),
     "hypernetwork-key-query": ("hypernetwork", {"transform": "key,query"}, (3e-4, 1e-3, 3e-3)),
-    "dreambooth": ("dreambooth", {}, (1e-4, 2e-4, 4e-4)),
+    "dreambooth": ("dreambooth", {}, (1e-4, 2e-4, 4e-4, 8e-4)),
 }
 OTHERS = ("a photo of a red car in the city", "a photo of a blue duck on the beach", "a photo of a green bottle on a table",
           "a photo of a brown house in the snow", "a photo of a yellow ball in the desert", "a drawing of a purple teapot")
@@ -107,6 +107,8 @@ class Scorer:
         likeness = _cosine(self.judge.encode(drawn), true)
         if artifact is None:
             self._base[subject.name] = (bare_features, other_features, likeness)
+        elif subject.name not in self._base:
+            self(subject, None)
         base_bare, base_others, floor = self._base[subject.name]
         share = (likeness - floor) / (_cosine(self.judge.encode(again), true) - floor)
         wanted = torch.tensor([SCENE_NAMES.index(scene) for scene, _ in asked])
@@ -150,11 +152,13 @@ def main() -> None:
     subjects = [stranger(number) for number in range(given.strangers)]
     cells = train_all(given.work.resolve(), subjects, given.methods, given.steps, given.jobs, given.model)
     scorer, rows = Scorer(given.model, given.judge), []
-    for subject in subjects:
-        rows.append({"row": "base", "rate": 0.0, "subject": subject.name, "per_step": 0.0, **scorer(subject, None)})
     for row, rate, subject, folder in cells:
-        seconds = runs.read_json(folder / "manifest.json")["seconds"]["per_step"]
-        rows.append({"row": row, "rate": rate, "subject": subject.name, "per_step": seconds, **scorer(subject, folder / "artifact")})
+        kept = folder / "score.json"
+        if not kept.is_file():
+            seconds = runs.read_json(folder / "manifest.json")["seconds"]["per_step"]
+            found = scorer(subject, folder / "artifact")
+            runs.write_json(kept, {"row": row, "rate": rate, "subject": subject.name, "per_step": seconds, **found})
+        rows.append(runs.read_json(kept))
         print(json.dumps(rows[-1]), flush=True)
     runs.write_json(given.work / "sweep.json", rows)
     runs.write_text(given.work / "sweep.md", table(rows))
