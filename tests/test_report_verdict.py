@@ -38,7 +38,7 @@ def comparison(scores: dict[str, dict[str, float]], undecided: set[tuple[str, st
             open_ = (key, one.row, two.row) in undecided or (key, two.row, one.row) in undecided
             reach = abs(gap) + .05 if open_ else abs(gap) / 2
             pairs.append(Pair(key, one.row, two.row, gap, gap - reach, gap + reach, not open_))
-    return Comparison(Path(), {}, {}, {}, COLUMNS, rows, pairs)
+    return Comparison(Path(), {}, {}, {}, list(COLUMNS), rows, pairs)
 
 
 def told(case: Comparison, kind: str) -> dict[str, str]:
@@ -207,3 +207,16 @@ def test_the_way_from_the_base_to_the_true_subject():
     case = comparison({"base": BASE, "dreambooth": {"dino": .71}, "lora": {"dino": .65}})
     case.row("dreambooth").way, case.row("lora").way = {"dino": .874}, {"dino": .731}
     assert told(case, "finding")["Closest to the subject"].endswith("Of the way from the untouched base to the true subject: DreamBooth 87 % and LoRA 73 %.")
+
+
+def test_where_the_truth_is_known_it_decides_and_the_training_pictures_come_second():
+    truth = Column("oracle", "Likeness to truth", "higher", "", group="Truth")
+    case = comparison({"base": {"dino": .35, "oracle": .40}, "dreambooth": {"dino": .71, "oracle": .60}, "lora": {"dino": .65, "oracle": .80}})
+    case.columns.insert(0, truth)
+    assert (case.fidelity, case.likeness) == ("oracle", "dino")
+    assert headline(case).rows == ("lora",)
+    found = told(case, "finding")
+    assert found["Closest to the subject"].startswith("LoRA (") and found["Closest to the training pictures"].startswith("DreamBooth (")
+    assert not any(title.startswith("By what the world knows") for title in found)
+    case.columns.remove(truth)
+    assert case.fidelity == "dino" and headline(case).rows == ("dreambooth",)

@@ -32,7 +32,7 @@ def losses(comparison: Comparison) -> list[Plot]:
 
 def quality(comparison: Comparison) -> list[Plot]:
     """Scores of intermediate checkpoints (RUN/curve.json) against steps, seconds and bytes; prompt fidelity against steps."""
-    fidelity, prompt = comparison.column(comparison.fidelity or ""), comparison.column("clip_t")
+    fidelity, prompt = comparison.column(comparison.likeness or ""), comparison.column("clip_t")
     asked = [(fidelity, "step", "steps"), (fidelity, "seconds", "seconds"), (fidelity, "bytes", "bytes"), (prompt, "step", "steps")]
     found = []
     for column, axis, name in asked:

@@ -185,7 +185,13 @@ class Comparison:
 
     @property
     def fidelity(self) -> str | None:
-        """Key of the metric that stands for subject fidelity: the image encoder's, else CLIP's."""
+        """Key of the metric that stands for subject fidelity: likeness to the truth where the truth was known, else `likeness`."""
+        truth = any(pair.metric == "oracle" for pair in self.pairs) and any("oracle" in row.scores for row in self.methods)
+        return "oracle" if truth and self.column("oracle") else self.likeness
+
+    @property
+    def likeness(self) -> str | None:
+        """Key of the metric that compares with the training pictures: the image encoder's, else CLIP's."""
         known = [key for key in ("dino", "clip_i") if any(key in row.scores for row in self.rows)]
         return next((key for key in known if self.column(key)), known[0] if known and not self.columns else None)
 

@@ -46,13 +46,14 @@ def verdict(comparison: Comparison) -> list[Statement]:
 def findings(comparison: Comparison) -> list[Statement]:
     """Who leads what, by rules 1 to 3."""
     found = []
-    for title, key in (("Closest to the subject", comparison.fidelity or ""), *_ASKED):
+    shown = () if comparison.likeness == comparison.fidelity else (("Closest to the training pictures", comparison.likeness or ""),)
+    for title, key in (("Closest to the subject", comparison.fidelity or ""), *shown, *_ASKED):
         column = comparison.column(key)
         place = standing(comparison, column) if column else None
         if place:
             found.append(_finding(comparison, title, place))
     for column in comparison.columns:
-        place = standing(comparison, column) if column.group == "Truth" else None
+        place = standing(comparison, column) if column.group == "Truth" and column.key != comparison.fidelity else None
         if place:
             found.append(_finding(comparison, f"By what the world knows: {column.short}", place))
     for title, key in _COSTS_ASKED:
