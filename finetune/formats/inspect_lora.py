@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 
 from finetune.errors import Problem
-from finetune.formats import lora_names
-from finetune.formats.families import family_of_width
+from finetune.formats import acceptance, lora_names, readers
+from finetune.formats.families import SDXL, family_of_width
 from finetune.formats.header import Header, TensorInfo, read_scalar
-from finetune.formats.inspection import Report
+from finetune.formats.inspection import Report, convert, grouped
 from finetune.formats.lora_keys import NUMBERED, adapter_alphas, kind_of, layout_of, missing_part, sort_keys
+from finetune.formats.readers import CARE, NO, Verdict
+
+Groups = dict[str, dict[str, TensorInfo]]
+FORGE_PATIENCE = 12  # names it does not know, above which it drops the file
+DORA_READERS = "ComfyUI and Forge divide by the base's lengths of rows, LyCORIS by those of the merged weight, A1111 by columns"
+
+
+def is_lora(header: Header) -> bool:
+    """Whether any key belongs to a LoRA layout or is of a LoRA-like adapter."""
+    return any(layout_of(key) is not None or key.startswith(("lora_unet_", "lora_te", "unet:")) for key in header.tensors)
 
 
 def describe_lora(report: Report, header: Header) -> None:
@@ -19,59 +30,61 @@ def describe_lora(report: Report, header: Header) -> None:
         Problem: for other adapter types.
     """
     path = report.path
+    report.kind = "lora"
     groups, ignored = sort_keys(path.name, header.tensors, header.metadata)
     layouts = {layout_of(key)[0] for key in header.tensors if key not in ignored}
-    report.kind, report.layout = "lora", " and ".join(sorted(layouts))
     names = {key: _name(report, key) for key in groups}
-    counts = Counter(name.partition(".")[0] for name in names.values())
-    report.modules = {part: counts[part] for part in lora_names.COMPONENTS if part in counts}
-    report.ranks = sorted({parts["down"].shape[0] for parts in groups.values() if "down" in parts})
+    _sizes(report, names, groups)
     _alphas(report, header, groups)
     report.family = family_of_width(_context_width(names, groups), header.metadata)
+    kinds = sorted({kind_of(parts) for parts in groups.values()})
+    report.layout = _layout(layouts, kinds)
+    if any(key.endswith(".oft_R.weight") for key in header.tensors):
+        found = readers.lycoris(path.name, path.stem, kinds)
+    elif layouts == {"cloneofsimo"}:
+        found = _numbered(report)
+    elif kinds == ["LoRA"] and "kohya" not in layouts:
+        found = _peft(report, header)
+    else:
+        found = _kohya(report, header, groups, ignored, kinds)
     halves = [key for key, parts in groups.items() if missing_part(parts) is not None]
     if halves:
-        report.warnings.append(f"{len(halves)} modules lack one half, such as {halves[0]}: the file is incomplete.")
-    kinds = sorted({kind_of(parts) for parts in groups.values()})
-    if kinds != ["LoRA"]:
-        report.layout += f", {' and '.join(kinds)}"
-        _others(report, kinds)
-    elif layouts == {"cloneofsimo"}:
-        report.warnings.append("Modules are numbered by their place in the model: convert it with its base before use.")
-        report.readers += [(program, "does not read it: convert it") for program in ("A1111 web UI", "Forge", "ComfyUI", "diffusers")]
-    elif layouts == {"kohya"}:
-        _kohya(report, header, groups, ignored)
-    else:
-        _peft(report, header, groups)
-    report.readers.append(("finetune", "reads it" if not halves else "refuses it"))
+        report.warnings.append(f"{len(halves)} modules lack a part, such as {halves[0]}: the file is incomplete.")
+        found["finetune"] = (NO, "refuses it: a module lacks a part")
+    report.readers = readers.table(found)
 
 
-def _others(report: Report, kinds: list[str]) -> None:
-    """Who reads what LyCORIS made. Established from the sources of ComfyUI, Forge and A1111 (docs/formats.md)."""
-    if "DoRA" in kinds:
-        report.warnings.append("DoRA: A1111 takes lengths of columns only, so a file with lengths of rows is garbage there.")
-    if "OFT of inputs" in kinds:
-        report.readers += [(program, "does not read it: PEFT's OFT") for program in ("A1111 web UI", "Forge", "ComfyUI", "diffusers")]
-        return
-    report.readers += [
-        ("A1111 web UI", "reads it" if "DoRA" not in kinds else "reads it if its lengths are of columns"),
-        ("Forge", "reads it"),
-        ("ComfyUI", "reads it: Load LoRA node"),
-        ("diffusers", "leaves the lengths out" if kinds in (["DoRA"], ["DoRA", "LoRA"]) else "refuses it"),
-    ]
+def _layout(layouts: set[str], kinds: list[str]) -> str:
+    """Kind of adapter and spelling, as in "LoHa, LyCORIS layout"."""
+    spelling = {"kohya": "kohya", "peft": "PEFT", "lycoris": "LyCORIS", "cloneofsimo": "cloneofsimo's"}
+    named = " and ".join(sorted(spelling.get(layout, layout) for layout in layouts))
+    return f"{named} layout" + ("" if kinds == ["LoRA"] else f": {' and '.join(kinds)}")
+
+
+def _sizes(report: Report, names: dict[str, str], groups: Groups) -> None:
+    """Modules and bytes by component, and the ranks."""
+    counts = Counter(name.partition(".")[0] for name in names.values())
+    report.modules = {part: counts[part] for part in lora_names.COMPONENTS if part in counts}
+    for key, parts in groups.items():
+        component = names[key].partition(".")[0]
+        if component in report.modules:
+            report.part_bytes[component] = report.part_bytes.get(component, 0) + sum(info.end - info.start for info in parts.values())
+    report.ranks = sorted({parts["down"].shape[0] for parts in groups.values() if "down" in parts})
 
 
 def _name(report: Report, key: str) -> str:
-    """Canonical module name; a name no grammar resolves becomes a warning and keeps its key."""
+    """Canonical module name; a name no grammar resolves keeps its key (the acceptance list names it)."""
     if NUMBERED.fullmatch(f"{key}:up"):
         return key.replace(":", ".")
     try:
         return lora_names.canonical(key) if "." in key else lora_names.from_kohya(key)
     except Problem as problem:
-        report.warnings.append(problem.what)
+        if "." in key:
+            report.warnings.append(problem.what)
         return key
 
 
-def _alphas(report: Report, header: Header, groups: dict[str, dict[str, TensorInfo]]) -> None:
+def _alphas(report: Report, header: Header, groups: Groups) -> None:
     keys = [key for key in header.tensors if key.endswith(".alpha") and not key.startswith("bundle_emb.")]
     if keys:
         report.alphas = sorted({read_scalar(report.path, header, key) for key in keys})
@@ -80,74 +93,79 @@ def _alphas(report: Report, header: Header, groups: dict[str, dict[str, TensorIn
         report.alphas = sorted({declared(key, parts["down"].shape[0]) for key, parts in groups.items() if "down" in parts})
 
 
-def _context_width(names: dict[str, str], groups: dict[str, dict[str, TensorInfo]]) -> int | None:
+def _context_width(names: dict[str, str], groups: Groups) -> int | None:
     """Input width of a cross-attention key or value module; else the first text encoder's width."""
+    inputs = {"down": 1, "hada_w1_b": 1, "diff": 1}  # part of a module whose axis shows the layer's inputs
     for ends in ("attn2.to_k", "attn2.to_v"), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"):
         for key, name in names.items():
-            if name.endswith(ends) and "down" in groups[key]:
-                return groups[key]["down"].shape[1]
+            if name.endswith(ends):
+                for part, axis in inputs.items():
+                    if part in groups[key]:
+                        return groups[key][part].shape[axis]
     return None
 
 
-def _kohya(
-    report: Report, header: Header, groups: dict[str, dict[str, TensorInfo]], ignored: list[str]
-) -> None:
-    warn = report.warnings.append
-    text = [key for key in groups if key.startswith("lora_te")]
-    levelless = [key for key in text if key.split("_", 2)[2].startswith("encoder_")]
-    without = [key for key, parts in groups.items() if "alpha" not in parts]
-    diffusers = "reads it"
-    if len(report.ranks) > 1:
-        warn(f"Ranks differ between modules ({report.ranks}): diffusers 0.35 misreads that.")
-    if len(report.alphas) > 1 or 0 < len(without) < len(groups):
-        warn("Alphas differ between modules or are partly missing: diffusers applies one alpha to all of them.")
-        diffusers = "reads it with wrong strengths"
-    if 0.0 in report.alphas:
-        warn("Some alpha is 0, which some programs read as 'off' and others as 'equal to the rank'.")
-    if levelless:
-        warn(f"{len(levelless)} text modules lack `text_model_` in their names: ComfyUI and Forge do not apply them.")
-    if ignored:
-        warn(f"{len(ignored)} tensors of an embedding are bundled in: diffusers refuses such a file.")
-        diffusers = "refuses it"
-    if "lora_adapter_metadata" in header.metadata:
-        warn("A kohya file with PEFT metadata: diffusers refuses the combination.")
-        diffusers = "refuses it"
-    stated = (header.metadata.get("ss_network_dim"), header.metadata.get("ss_network_alpha"))
-    for label, text_value, found in zip(("rank", "alpha"), stated, (report.ranks, report.alphas), strict=True):
-        if text_value not in (None, "None", "Dynamic") and len(found) == 1 and _number(text_value) != found[0]:
-            warn(f"Metadata says {label} {text_value}, the tensors say {found[0]:g}.")
-    verdict = "applies only the UNet part" if levelless else "reads it"
-    tag = f"<lora:{header.metadata.get('ss_output_name') or report.path.stem}:1>"
-    report.readers += [
-        ("A1111 web UI", f"reads it: {tag}"),
-        ("Forge", "drops the whole file" if len(levelless) > 12 else f"{verdict}: {tag}"),
-        ("ComfyUI", f"{verdict}: Load LoRA node"),
-        ("diffusers", f"{diffusers}: pipe.load_lora_weights(file)"),
-    ]
+def _numbered(report: Report) -> dict[str, Verdict]:
+    report.warnings.append("Modules are numbered by their place in the model: only with its base can anyone tell which is which.")
+    report.remedies.append(convert(report.path, "kohya", f"{report.path.stem}-kohya.safetensors", "for every program, with its base", "--base MODEL"))
+    return readers.numbered_lora(report.path.name)
 
 
-def _peft(report: Report, header: Header, groups: dict[str, dict[str, TensorInfo]]) -> None:
-    warn = report.warnings.append
+def _peft(report: Report, header: Header) -> dict[str, Verdict]:
+    if ".lora_A." in next(iter(header.tensors)):
+        report.warnings += grouped(acceptance.of_header(report.path, header))
     if not report.alphas and not {"lora_adapter_metadata", "finetune.scale"} & set(header.metadata):
-        warn("No alpha is stored: every reader takes alpha = rank, right only if the scale was baked in.")
-    text = [key for key in groups if key.startswith("text_encoder")]
-    if any(".text_model." not in key for key in text):
-        warn("Text modules lack the `text_model.` level: diffusers with transformers 4 and the web UIs cannot place them.")
-    report.readers += [
-        ("A1111 web UI", "finds nothing in it (needs the kohya layout)"),
-        ("Forge", "refuses it (needs the kohya layout)"),
-        ("ComfyUI", "loses its attention modules (needs the kohya layout)"),
-        ("diffusers", "reads it: pipe.load_lora_weights(file)"),
-    ]
+        report.warnings.append("No alpha is stored: every reader takes alpha = rank, right only if the scale was baked in.")
+    stem = report.path.stem if report.path.stem != "pytorch_lora_weights" else "NAME"
+    report.remedies.append(convert(report.path, "kohya", f"{stem}-kohya.safetensors", "for AUTOMATIC1111, Forge, ComfyUI and kohya"))
+    found = readers.peft_lora(report.path.name)
+    if any(key.startswith("text_encoder") and ".text_model." not in key for key in header.tensors):
+        found["diffusers"] = (CARE, "current versions only: older ones cannot place its text modules")
+    return found
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+def _kohya(report: Report, header: Header, groups: Groups, ignored: list[str], kinds: list[str]) -> dict[str, Verdict]:
+    """A file under kohya's prefixes, whatever kinds of modules it holds."""
+    path, told = report.path, header.metadata
+    name = told.get("ss_output_name") or path.stem
+    plain = kinds == ["LoRA"]
+    found = readers.kohya_lora(path.name, name) if plain else readers.lycoris(path.name, name, kinds)
+    wrong = grouped(finding for finding in acceptance.of_header(path, header) if _matters(finding.text, plain))
+    _alphas_wrong(report, groups, found)
+    levelless = [key for key in groups if key.startswith("lora_te") and key.split("_", 2)[2].startswith("encoder_")]
+    if levelless:
+        keys = sum(len(groups[key]) for key in levelless)
+        found["Forge"] = (NO, "drops the whole file") if keys > FORGE_PATIENCE else (CARE, "applies only the UNet part")
+        found["ComfyUI"] = found["AUTOMATIC1111"] = (CARE, "applies only the UNet part")
+    if any(key.startswith("lora_te1_") for key in groups) and report.family is not SDXL:
+        wrong.append("lora_te1_ is SDXL's prefix: kohya's scripts look for lora_te_ in other models, the others take both.")
+        found["kohya"] = (CARE, "passes over its text encoder part")
+    if ignored:
+        wrong.append(f"{len(ignored)} tensors of a learned word are bundled in: diffusers refuses such a file.")
+    if ignored or "lora_adapter_metadata" in told and report.alphas:
+        found["diffusers"] = (NO, "refuses it")
+    if "DoRA" in kinds and told.get("finetune.dora_norm") != "base":
+        wrong.append(f"Readers of DoRA disagree: {DORA_READERS}.")
+    report.warnings += wrong
+    if wrong and plain and 0.0 not in report.alphas:
+        report.remedies.append(convert(path, "kohya", f"{path.stem}-fixed.safetensors", "one rank, one alpha, names every reader knows"))
+    if not plain:
+        report.remedies.append(("plain pairs that every program reads, by approximation",
+                                f"finetune merge {shlex.quote(str(path))} --rank 16 --output {shlex.quote(path.stem)}-lora.safetensors"))
+    return found
 
 
-def is_lora(header: Header) -> bool:
-    """Whether any key belongs to a LoRA layout or is of a LoRA-like adapter."""
-    return any(layout_of(key) is not None or key.startswith(("lora_unet_", "lora_te", "unet:")) for key in header.tensors)
+def _matters(text: str, plain: bool) -> bool:
+    """A finding someone would notice: kohya's own metadata may be absent from others' files, and LyCORIS' have no one rank."""
+    return " says None, " not in text and not text.endswith("lacks a half.") and (plain or not text.startswith("ss_network_"))
+
+
+def _alphas_wrong(report: Report, groups: Groups, found: dict[str, Verdict]) -> None:
+    """Mixed alphas: diffusers applies one to all modules."""
+    without = [key for key, parts in groups.items() if "alpha" not in parts]
+    if found["diffusers"][0] == "yes" and (len(report.alphas) > 1 or 0 < len(without) < len(groups)):
+        found["diffusers"] = (CARE, "with wrong strengths: it applies one alpha to all modules")
+    elif found["diffusers"][0] == "yes" and len(report.ranks) > 1:
+        found["diffusers"] = (CARE, "0.35 and older read mixed ranks wrongly")
+    if 0.0 in report.alphas:
+        found["finetune"] = (NO, "refuses an alpha of 0, which is 'off' to some readers and 'the rank' to others")

@@ -167,7 +167,7 @@ def _one_norm(modules: Mapping[str, Adapter]) -> str:
 
 
 def for_readers(module: Adapter, weight: Tensor | None = None) -> Adapter:
-    """The same change of `weight` in the form that ComfyUI and Forge compute equally.
+    """The same change of `weight` in the form that ComfyUI computes equally.
 
     DoRA's lengths are divided there by the norm of the base's rows, not of the merged ones. PEFT's OFT they do not know: it
     becomes the whole difference. Others pass unchanged.

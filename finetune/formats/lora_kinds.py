@@ -73,7 +73,7 @@ class DoraModule(Adapter):
         pair: gives D.
         magnitude: (O, 1) or (O, 1, 1, 1) for rows, which is PEFT's way; (1, I) or (1, I, 1, 1) for columns, LyCORIS' first.
         norm: of what the norm is taken: "merged", W + D, as the paper, PEFT and LyCORIS say; "base", W alone, as ComfyUI
-            and Forge compute it for rows.
+            computes it for rows.
     """
 
     pair: LoraModule
