@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from finetune.cli import quiet
-from finetune.cli.targets import CONVERSIONS, Written, destinations, find, refuse
+from finetune.cli.targets import CONVERSIONS, TITLES, Written, destinations, find, refuse
+from finetune.errors import Problem
 from finetune.settings import setting
 
 
@@ -19,9 +20,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     path: str = setting(..., "a LoRA, embedding, hypernetwork, checkpoint (.safetensors, .ckpt) or diffusers folder", group="arguments")
-    to: Literal["kohya", "peft", "diffusers", "webui", "safetensors", "single-file"] = setting(
-        ..., "layout to write; which ones a file has: docs/exporting.md", group="what")
-    output: Path = setting(..., "folder, or a file with the layout's ending; the web UIs' word is the file's name", group="what")
+    to: Literal["kohya", "peft", "diffusers", "webui", "safetensors", "single-file"] | None = setting(
+        None, "layout to write; which ones a file has: docs/exporting.md", group="what")
+    output: Path | None = setting(None, "folder, or a file with the layout's ending; the web UIs' word is the file's name", group="what")
     name: str | None = setting(None, "file name without ending [default: the trigger, or the file's own name]", group="what")
     dtype: Literal["fp16", "fp32", "bf16"] | None = setting(None, "number format [default: as in the file; embeddings are always fp32]", group="what")
     like: Path | None = setting(None, "single file to folder: a diffusers folder that describes the model, for widths of no published one", group="what")
@@ -35,6 +36,9 @@ def run(settings: Settings, console: Console) -> None:
     from finetune.cli import writers
 
     source = find(settings.path)
+    if settings.to is None or settings.output is None:
+        raise Problem("--to or --output is missing.", f"{settings.path} is {TITLES[source.kind]}.",
+                      f"Add --to {', '.join(CONVERSIONS[source.kind])}, and --output: a folder, or a file with the layout's ending.")
     layout = CONVERSIONS[source.kind].get(settings.to)
     if layout is None:
         raise refuse(source.kind, settings.to, CONVERSIONS)

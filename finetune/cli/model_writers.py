@@ -34,6 +34,7 @@ def model(source: Source, places: Mapping[str, Path], dtype: str | None, base: s
         if layout == "single" and single:
             _repack(source.path, path, kind, done)
         elif single and source.path.suffix == ".ckpt":
+            path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".convert-") as folder:  # beside: a checkpoint may be larger than /tmp
                 safe = Path(folder) / f"{source.path.stem}.safetensors"
                 _repack(source.path, safe, kind, done)

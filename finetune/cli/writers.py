@@ -43,8 +43,6 @@ def write(source: Source, places: Mapping[str, Path], dtype: str | None, *, base
         base: of a LoRA: the model it belongs to, where the layout needs it; of SD 2: the original checkpoint.
         like: of a single file written as a folder: a folder that describes it.
     """
-    for path in places.values():
-        path.parent.mkdir(parents=True, exist_ok=True)
     kinds = {"lora": _lora, "embedding": _embedding, "hypernetwork": _hypernetwork}
     if source.kind in kinds:
         return kinds[source.kind](source, places, dtype, base)
@@ -101,7 +99,7 @@ def _embedding(source: Source, places: Mapping[str, Path], dtype: str | None, ba
     from finetune.formats import embedding
 
     done = Written()
-    if dtype not in (None, "fp32"):
+    if dtype == "bf16":
         done.notes.append("Embeddings are always written as fp32: they are small, and readers take them for that.")
     found = embedding.read(source.path)
     token = token_of(source)
