@@ -47,7 +47,7 @@ def tiny_v_model(make_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_xl_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny base of SDXL's shape: two text encoders (widths 24 and 40), pooled states, time ids. Do not write into it."""
+    """A tiny base of SDXL's shape: two text encoders (widths 24 and 56), pooled states, time ids. Do not write into it."""
     return write_tiny_xl_model(tmp_path_factory.mktemp("base") / "tiny-xl")
 
 
@@ -123,9 +123,9 @@ def write_tiny_xl_model(folder: Path, prediction: str = "epsilon", seed: int = 0
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     with torch.random.fork_rng():
         torch.manual_seed(seed + 1)
-        second = CLIPTextModelWithProjection(CLIPTextConfig(**config | {"hidden_size": 40, "projection_dim": 16, "hidden_act": "gelu"}))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**config | {"hidden_size": 56, "projection_dim": 16, "hidden_act": "gelu"}))
         unet = UNet2DConditionModel(
-            sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, attention_head_dim=(2, 4), cross_attention_dim=64,
+            sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, attention_head_dim=(2, 4), cross_attention_dim=80,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2), use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 16)

@@ -43,13 +43,13 @@ def told(pipe: Any, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 def test_states_are_the_pipelines(base: Base, pipe: Any) -> None:
     states, pooled = told(pipe, PROMPTS)
     live, cached = encode(base, PROMPTS), encode_cached(base, [*PROMPTS, PROMPTS[0]])
-    assert (live.states.shape[-1], live.pooled.shape) == (24 + 40, (2, 16))
+    assert (live.states.shape[-1], live.pooled.shape) == (24 + 56, (2, 16))
     assert torch.equal(live.states, states) and torch.equal(live.pooled, pooled)
     torch.testing.assert_close(cached[:2].states, states)
     assert torch.equal(cached[2:].pooled, cached[:1].pooled) and base.states.keys() == set(PROMPTS)
 
 
-@pytest.mark.parametrize("size", [None, (24, 40), 64])
+@pytest.mark.parametrize("size", [None, (24, 56), 64])
 def test_the_networks_word_is_the_pipelines(size: Any, base: Base, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the pipeline asks its UNet at its first step, asked by Base.ask, gives the same; size goes in as height and width."""
     height, width = {None: (32, 32), 64: (64, 64)}.get(size, size)
@@ -92,7 +92,7 @@ def test_cond_is_cut_joined_and_repeated_as_one() -> None:
 
 
 def test_parts_are_frozen_and_named(base: Base) -> None:
-    assert (base.family, base.context_width, base.resolution) == ("sdxl", 64, 32)
+    assert (base.family, base.context_width, base.resolution) == ("sdxl", 80, 32)
     assert list(base.modules()) == ["unet", "text_encoder", "text_encoder_2", "vae"]
     assert [name for name, _, _ in base.encoders()] == ["text_encoder", "text_encoder_2"]
     assert not any(value.requires_grad for module in base.modules().values() for value in module.parameters())
@@ -103,9 +103,9 @@ def test_several_words_in_both_encoders(base: Base) -> None:
     torch.manual_seed(0)
     plain = encode(base, PROMPTS)
     table = base.text_encoder_2.get_input_embeddings().weight.clone()
-    first = add_tokens(base, "<dog>", torch.randn(2, 24), torch.randn(2, 40))
-    add_tokens(base, "<dog>er", torch.randn(1, 24), torch.randn(1, 40))
-    assert [rows.shape for rows in first] == [(2, 24), (2, 40)]
+    first = add_tokens(base, "<dog>", torch.randn(2, 24), torch.randn(2, 56))
+    add_tokens(base, "<dog>er", torch.randn(1, 24), torch.randn(1, 56))
+    assert [rows.shape for rows in first] == [(2, 24), (2, 56)]
     count = len(table)
     for _, _, tokenizer in base.encoders():
         ids = token_ids(base, ["a <dog> and a <dog>er"], tokenizer)[0].tolist()
@@ -114,7 +114,7 @@ def test_several_words_in_both_encoders(base: Base) -> None:
     assert torch.equal(looked[0], first[1][1]) and torch.equal(looked[2], table[5])
     assert torch.equal(encode(base, PROMPTS).states, plain.states)
     with pytest.raises(Problem, match="'<dog>_1' is already a word"):
-        add_tokens(base, "<dog>_1", torch.randn(1, 24), torch.randn(1, 40))
+        add_tokens(base, "<dog>_1", torch.randn(1, 24), torch.randn(1, 56))
 
 
 def test_pooled_state_stands_at_the_end_of_the_text(tiny_xl_model: Path, base: Base, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_pooled_state_stands_at_the_end_of_the_text(tiny_xl_model: Path, base: B
     shutil.copytree(tiny_xl_model, tmp_path / "old")
     config = tmp_path / "old" / "text_encoder_2" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 2}))
-    rows = torch.randn(1, 24), torch.randn(1, 40)
+    rows = torch.randn(1, 24), torch.randn(1, 56)
     pooled = []
     for one in (base, load(str(tmp_path / "old"))):
         add_tokens(one, "<dog>", *rows)
@@ -134,7 +134,7 @@ def test_words_of_other_programs(base: Base, tiny_xl_model: Path, tmp_path: Path
     """kohya's and the web UIs' pair, and diffusers' two files, are one word; its strength goes from the mean row to the word."""
     from safetensors.torch import save_file
 
-    rows = {"clip_l": torch.randn(2, 24), "clip_g": torch.randn(2, 40)}
+    rows = {"clip_l": torch.randn(2, 24), "clip_g": torch.randn(2, 56)}
     save_file(rows, tmp_path / "my-dog.safetensors")
     (tmp_path / "two").mkdir()
     for number, key in (("", "clip_l"), ("_2", "clip_g")):
@@ -154,12 +154,12 @@ def test_a_word_of_another_family_is_refused(base: Base, tiny_model: Path, tmp_p
     from safetensors.torch import save_file
 
     save_file({"emb_params": torch.zeros(1, 24)}, tmp_path / "old.safetensors")
-    with pytest.raises(Problem, match=r"is 24 wide, the model .* takes 24 and 40"):
+    with pytest.raises(Problem, match=r"is 24 wide, the model .* takes 24 and 56"):
         methods.load_artifact(base, tmp_path / "old.safetensors")
-    save_file({"clip_l": torch.zeros(1, 24), "clip_g": torch.zeros(1, 40)}, tmp_path / "xl.safetensors")
-    with pytest.raises(Problem, match=r"is 24 and 40 wide, the model .* takes 48\."):
+    save_file({"clip_l": torch.zeros(1, 24), "clip_g": torch.zeros(1, 56)}, tmp_path / "xl.safetensors")
+    with pytest.raises(Problem, match=r"is 24 and 56 wide, the model .* takes 48\."):
         methods.load_artifact(load(str(tiny_model)), tmp_path / "xl.safetensors")
-    save_file({"clip_l": torch.zeros(1, 24), "clip_g": torch.zeros(2, 40)}, tmp_path / "odd.safetensors")
+    save_file({"clip_l": torch.zeros(1, 24), "clip_g": torch.zeros(2, 56)}, tmp_path / "odd.safetensors")
     with pytest.raises(Problem, match=r"1 and 2 vectors"):
         methods.load_artifact(base, tmp_path / "odd.safetensors")
     assert read_header(tmp_path / "odd.safetensors").tensors.keys() == {"clip_l", "clip_g"}

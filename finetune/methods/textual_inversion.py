@@ -161,6 +161,9 @@ class TextualInversion(Method):
         if widths != wanted:
             raise Problem(f"The embedding {path} is {' and '.join(map(str, widths))} wide, the model {base.name!r} takes {' and '.join(map(str, wanted))}.",
                           "It was trained on another family of models.", "Use it with a model of that family.")
+        if len({len(rows) for rows in given}) > 1:
+            raise Problem(f"The embedding {path} has {len(given[0])} and {len(given[1])} vectors for the two text encoders.",
+                          "The word stands for the same number of tokens in both.", "The file is damaged: export it again.")
         trigger = word_of(path, found)
         if strength == 0:
             return Loaded(cls.name, trigger, path, found.metadata)
