@@ -186,7 +186,7 @@ def test_an_artifact_for_another_width_is_refused(comparison, make_model, tmp_pa
 def test_inspect_names_kind_trigger_and_rank(comparison, capfd):
     assert app.run(["inspect", str(comparison / "lora" / "artifact")]) == 0
     said = capfd.readouterr().out
-    assert "lora (kohya)" in said and "lora (peft)" in said and "sks dog" in said and "16; alpha 16" in said
+    assert "LoRA, kohya layout" in said and "LoRA, PEFT layout" in said and "sks dog" in said and "rank 16, alpha 16" in said
 
 
 COMMANDS = {

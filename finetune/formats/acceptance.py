@@ -1,7 +1,7 @@
 """The acceptance list: what a file must be so that every program it is meant for reads it as it was meant. docs/formats.md, "Acceptance".
 
 Seven points: 1 safetensors; 2 kohya LoRA; 3 PEFT LoRA; 4 hypernetwork .pt; 5 embedding; 6 whole checkpoint; 7 diffusers folder.
-The checks read the file alone and know nothing of what wrote it.
+The checks read the file alone and know nothing of what wrote it. torch is imported only where values or pickles are read.
 """
 
 from __future__ import annotations
@@ -15,18 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-
 from finetune.errors import Problem
-from finetune.formats import acceptance_checkpoint
 from finetune.formats.embedding_keys import ANONYMOUS_KEYS
 from finetune.formats.folder import CLIP_TOKENS, TEXT_LEVEL
 from finetune.formats.header import Header, read_header, read_scalar
 from finetune.formats.hypernetwork_layers import ACTIVATIONS, expected_shapes
 from finetune.formats.inspect_pickle import webui_refusals
 from finetune.formats.lora_names import from_kohya
-from finetune.formats.pickles import globals_in, load_restricted
 from finetune.runs import read_json
 
 STORAGES = {f"torch.{kind}Storage" for kind in ("Float", "Half", "BFloat16")}
@@ -58,7 +53,7 @@ def check(path: Path | str) -> list[Finding]:
     """
     path = Path(path)
     if (path / "model_index.json").is_file():
-        return list(_folder(path))
+        return list(of_folder(path))
     if path.suffix == ".safetensors":
         return list(_safetensors(path))
     if path.suffix in (".pt", ".bin") and path.is_file():
@@ -67,6 +62,11 @@ def check(path: Path | str) -> list[Finding]:
 
 
 def _safetensors(path: Path) -> Iterator[Finding]:
+    import torch
+    from safetensors import safe_open
+
+    from finetune.formats import acceptance_checkpoint
+
     try:
         header = read_header(path)
     except Problem as problem:
@@ -76,10 +76,16 @@ def _safetensors(path: Path) -> Iterator[Finding]:
         for name, info in header.tensors.items():
             if info.dtype in ("F16", "BF16", "F32", "F64") and info.parameters and not torch.isfinite(file.get_tensor(name)).all():
                 yield Finding(1, f"{name} holds values that are not finite.")
-    keys = list(header.tensors)
-    if any(key.startswith("model.diffusion_model.") for key in keys):
+    if any(key.startswith("model.diffusion_model.") for key in header.tensors):
         yield from (Finding(6, text) for text in acceptance_checkpoint.findings(header))
-    elif any(key.startswith("lora_") for key in keys):
+    else:
+        yield from of_header(path, header)
+
+
+def of_header(path: Path, header: Header) -> Iterator[Finding]:
+    """What the header of an adapter's safetensors file shows to be wrong, for points 2, 3 and 5; no torch is needed."""
+    keys = list(header.tensors)
+    if any(key.startswith("lora_") for key in keys):
         yield from (Finding(2, text) for text in _kohya(path, header))
     elif any(".lora_A." in key for key in keys):
         yield from (Finding(3, text) for text in _peft(header))
@@ -166,6 +172,8 @@ def _embedding(path: Path, header: Header) -> Iterator[str]:
 
 
 def _pickle(path: Path) -> Iterator[Finding]:
+    from finetune.formats.pickles import globals_in, load_restricted
+
     try:
         names = set(globals_in(path))
         content = load_restricted(path)
@@ -180,11 +188,12 @@ def _pickle(path: Path) -> Iterator[Finding]:
         yield Finding(point, f"Its pickle asks for {', '.join(sorted(names))}: more than OrderedDict, _rebuild_tensor_v2 and one storage type.")
     if not zipfile.is_zipfile(path) and path.read_bytes()[:2] != b"\x80\x02":
         yield Finding(point, "It is neither a torch zip nor the legacy container.")
-    checks = _hypernetwork(path, content) if paired else _webui_embedding(path, content)
+    checks = of_hypernetwork(path, content) if paired else _webui_embedding(path, content)
     yield from (Finding(point, text) for text in checks)
 
 
-def _hypernetwork(path: Path, content: dict[Any, Any]) -> Iterator[str]:
+def of_hypernetwork(path: Path, content: dict[Any, Any]) -> Iterator[str]:
+    """What is wrong with the content of a hypernetwork's `.pt`, in sentences (point 4)."""
     told = {key: value for key, value in content.items() if isinstance(key, str)}
     structure, activation = told.get("layer_structure") or [1, 2, 1], told.get("activation_func")
     if activation not in ACTIVATIONS:
@@ -219,6 +228,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _webui_embedding(path: Path, content: Any) -> Iterator[str]:
+    import torch
+
     table = content.get("string_to_param") if isinstance(content, dict) else None
     if type(table) is not dict or list(table) != ["*"]:
         yield 'string_to_param is not a plain dict with the one key "*".'
@@ -231,7 +242,8 @@ def _webui_embedding(path: Path, content: Any) -> Iterator[str]:
         yield f"Its name is {content.get('name')!r} and its file {path.name!r}; diffusers goes by one, the web UIs by the other."
 
 
-def _folder(folder: Path) -> Iterator[Finding]:
+def of_folder(folder: Path) -> Iterator[Finding]:
+    """What is wrong with a diffusers folder (point 7), from headers and JSON files."""
     for weights in sorted(folder.glob("*/*.safetensors")):
         header = read_header(weights)
         if header.metadata.get("format") != "pt":

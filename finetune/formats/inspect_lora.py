@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 
@@ -15,7 +16,6 @@ from finetune.formats.readers import CARE, NO, Verdict
 
 Groups = dict[str, dict[str, TensorInfo]]
 FORGE_PATIENCE = 12  # names it does not know, above which it drops the file
-DORA_READERS = "ComfyUI and Forge divide by the base's lengths of rows, LyCORIS by those of the merged weight, A1111 by columns"
 
 
 def is_lora(header: Header) -> bool:
@@ -116,8 +116,9 @@ def _peft(report: Report, header: Header) -> dict[str, Verdict]:
         report.warnings += grouped(acceptance.of_header(report.path, header))
     if not report.alphas and not {"lora_adapter_metadata", "finetune.scale"} & set(header.metadata):
         report.warnings.append("No alpha is stored: every reader takes alpha = rank, right only if the scale was baked in.")
-    stem = report.path.stem if report.path.stem != "pytorch_lora_weights" else "NAME"
-    report.remedies.append(convert(report.path, "kohya", f"{stem}-kohya.safetensors", "for AUTOMATIC1111, Forge, ComfyUI and kohya"))
+    named = report.trigger or "lora" if report.path.stem in ("pytorch_lora_weights", "adapter_model") else f"{report.path.stem}-kohya"
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", named).strip("-")
+    report.remedies.append(convert(report.path, "kohya", f"{stem}.safetensors", "for AUTOMATIC1111, Forge, ComfyUI and kohya"))
     found = readers.peft_lora(report.path.name)
     if any(key.startswith("text_encoder") and ".text_model." not in key for key in header.tensors):
         found["diffusers"] = (CARE, "current versions only: older ones cannot place its text modules")
@@ -129,7 +130,7 @@ def _kohya(report: Report, header: Header, groups: Groups, ignored: list[str], k
     path, told = report.path, header.metadata
     name = told.get("ss_output_name") or path.stem
     plain = kinds == ["LoRA"]
-    found = readers.kohya_lora(path.name, name) if plain else readers.lycoris(path.name, name, kinds)
+    found = readers.kohya_lora(path.name, name) if plain else readers.lycoris(path.name, name, kinds, _of_rows(groups))
     wrong = grouped(finding for finding in acceptance.of_header(path, header) if _matters(finding.text, plain))
     _alphas_wrong(report, groups, found)
     levelless = [key for key in groups if key.startswith("lora_te") and key.split("_", 2)[2].startswith("encoder_")]
@@ -144,8 +145,10 @@ def _kohya(report: Report, header: Header, groups: Groups, ignored: list[str], k
         wrong.append(f"{len(ignored)} tensors of a learned word are bundled in: diffusers refuses such a file.")
     if ignored or "lora_adapter_metadata" in told and report.alphas:
         found["diffusers"] = (NO, "refuses it")
-    if "DoRA" in kinds and told.get("finetune.dora_norm") != "base":
-        wrong.append(f"Readers of DoRA disagree: {DORA_READERS}.")
+    if "DoRA" in kinds and _of_rows(groups):
+        norm = "the base's" if told.get("finetune.dora_norm") == "base" else "the merged weight's"
+        wrong.append(f"DoRA with a length for each output, over {norm} norm: ComfyUI divides by the base's, LyCORIS by the merged weight's, "
+                     "A1111 and the older Forge take them for lengths of inputs.")
     report.warnings += wrong
     if wrong and plain and 0.0 not in report.alphas:
         report.remedies.append(convert(path, "kohya", f"{path.stem}-fixed.safetensors", "one rank, one alpha, names every reader knows"))
@@ -153,6 +156,12 @@ def _kohya(report: Report, header: Header, groups: Groups, ignored: list[str], k
         report.remedies.append(("plain pairs that every program reads, by approximation",
                                 f"finetune merge {shlex.quote(str(path))} --rank 16 --output {shlex.quote(path.stem)}-lora.safetensors"))
     return found
+
+
+def _of_rows(groups: Groups) -> bool:
+    """Whether a DoRA's lengths are of outputs: (out, 1) or (out, 1, 1, 1)."""
+    lengths = [parts["magnitude"].shape for parts in groups.values() if "magnitude" in parts]
+    return any(shape[0] > 1 for shape in lengths)
 
 
 def _matters(text: str, plain: bool) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, Field
 
 
-def setting(default: Any, help: str, *, unit: str = "", group: str = "training", **limits: Any) -> Any:
+def setting(default: Any, help: str, *, unit: str = "", group: str = "training", flag: str = "", **limits: Any) -> Any:
     """Declare one setting of a pydantic model.
 
     Args:
@@ -16,9 +16,10 @@ def setting(default: Any, help: str, *, unit: str = "", group: str = "training",
         help: one line for `--help` and the reference page; rule of thumb included where there is one.
         unit: what the number counts ("steps", "pixels", "bytes"), shown beside the default.
         group: heading under which `--help` and the reference page list it.
+        flag: name on the command line where the setting's own cannot be a field's (`--json`).
         limits: pydantic's own bounds (ge, gt, le, lt).
     """
-    return Field(default, description=help, json_schema_extra={"unit": unit, "group": group}, **limits)
+    return Field(default, description=help, json_schema_extra={"unit": unit, "group": group, "flag": flag}, **limits)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def describe(model: type[BaseModel]) -> list[Setting]:
     for key, field in model.model_fields.items():
         extra = field.json_schema_extra or {}
         default = field.get_default(call_default_factory=True)
-        found.append(Setting(key, "--" + key.replace("_", "-"), field.annotation, default, extra.get("unit", ""),
+        flag = extra.get("flag") or "--" + key.replace("_", "-")
+        found.append(Setting(key, flag, field.annotation, default, extra.get("unit", ""),
                              extra.get("group", "other"), field.description or ""))
     return found
