@@ -142,7 +142,7 @@ def test_cloneofsimos_numbers_are_places_in_the_model(tmp_path, order):
         assert torch.equal(found.modules[name].up, up) and torch.equal(found.modules[name].down, down) and found.modules[name].scale == 1.0
     assert list(found.words) == ["<krk>"] and found.words["<krk>"].shape == (1, 6)
     assert found.metadata["finetune.ignored"] == "<krk>"
-    assert inspect(tmp_path / "foreign.safetensors").layout == "cloneofsimo"
+    assert "cloneofsimo" in inspect(tmp_path / "foreign.safetensors").layout
 
 
 def test_cloneofsimos_text_encoder_is_found_in_the_real_one(tmp_path):
