@@ -39,7 +39,8 @@ def vectors(count: int) -> dict[str, Any]:
 
 
 def wired(transform: str, scope: str = "cross") -> dict[str, Any]:
-    return {"method": "hypernetwork", "transform": transform, "scope": scope}
+    rate = {"learning_rate": 1e-3} if transform == "key,query" else {}  # as in recipes/compare-toybox.toml
+    return {"method": "hypernetwork", "transform": transform, "scope": scope, **rate}
 
 
 STUDIES: dict[str, Study] = {
