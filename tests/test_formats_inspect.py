@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from finetune.errors import Problem
 from finetune.formats import embedding, hypernetwork, lora
 from finetune.formats.hypernetwork_layers import expected_shapes
-from finetune.formats.inspect import inspect, lines
+from finetune.formats.inspect import facts, inspect
 from finetune.formats.lora import LoraModule
+from finetune.formats.readers import PROGRAMS
 from finetune.formats.tensors import load_tensors, save_tensors
 
 ATTENTION = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2."
@@ -42,22 +43,27 @@ def hyper(roles=("key", "value"), width=768, name="hyp"):
 def test_a_kohya_lora(tmp_path):
     lora.write_kohya(tmp_path / "dog.safetensors", modules(), TOLD)
     report = inspect(tmp_path / "dog.safetensors")
-    assert (report.kind, report.layout, report.family.key) == ("lora", "kohya", "sd1")
+    assert (report.kind, report.layout, report.family.key) == ("lora", "kohya layout", "sd1")
     assert (report.ranks, report.alphas, report.modules) == ([4], [2.0], {"unet": 2, "text_encoder": 1})
     assert report.parameters == 4 * (768 + 320) + 4 * (320 + 320) + 4 * (768 + 768) + 3
     assert report.dtypes == {"F16": 9} and report.trigger == "sks dog" and report.warnings == []
     assert report.trained_on == {"method": "lora", "base": "sd15", "steps": "300"}
-    assert dict(report.readers)["A1111 web UI"] == "reads it: <lora:dog:1>"
+    assert {reader.program: reader.verdict for reader in report.readers} == dict.fromkeys(PROGRAMS, "yes")
+    assert "<lora:dog:1>" in report.reader("AUTOMATIC1111").text and report.remedies == []
     assert report.bytes == (tmp_path / "dog.safetensors").stat().st_size
-    told = dict(lines(report))
-    assert (told["rank"], told["contents"], told["base model"]) == ("4; alpha 2", "unet 2 modules, text_encoder 1 modules", "Stable Diffusion 1.x")
+    assert report.part_bytes == {"unet": 2 * (4 * (768 + 320) + 4 * (320 + 320) + 2), "text_encoder": 2 * (4 * (768 + 768) + 1)}
+    told = dict(facts(report))
+    assert (told["rank"], told["unet"], told["base model"]) == ("4; alpha 2", f"2 modules, {report.part_bytes['unet']:,} bytes", "Stable Diffusion 1.x")
+    assert (told["trained on"], told["training"]) == ("sd15", "lora, 300 steps")
 
 
 def test_a_peft_lora_and_who_cannot_read_it(tmp_path):
     lora.write_peft(tmp_path / "dog.safetensors", modules(1024), TOLD)
     report = inspect(tmp_path / "dog.safetensors")
-    assert (report.layout, report.family.key, report.ranks, report.alphas) == ("peft", "sd2", [4], [])
-    assert "loses its attention modules" in dict(report.readers)["ComfyUI"] and report.warnings == []
+    assert (report.layout, report.family.key, report.ranks, report.alphas) == ("PEFT layout", "sd2", [4], [])
+    assert [reader.program for reader in report.readers if reader.verdict == "no"] == ["AUTOMATIC1111", "Forge", "ComfyUI", "kohya"]
+    assert "loses every attention module" in report.reader("ComfyUI").text and report.warnings == []
+    assert report.remedies[0][1].endswith("dog.safetensors --to kohya --output dog-kohya.safetensors")
 
 
 def test_quirks_of_other_programs_loras_become_warnings(tmp_path):
@@ -72,17 +78,19 @@ def test_quirks_of_other_programs_loras_become_warnings(tmp_path):
     report = inspect(tmp_path / "x.safetensors")
     text = " ".join(report.warnings)
     assert (report.ranks, report.alphas) == ([4, 8], [1.0, 4.0])
-    for word in ("Ranks differ", "Alphas differ", "lack `text_model_`", "bundled in"):
-        assert word in text
-    assert dict(report.readers)["ComfyUI"].startswith("applies only the UNet part")
-    assert dict(report.readers)["diffusers"].startswith("refuses it")
+    for word in ("It has the ranks [4, 8]", "Alpha is there for 2 of 3 modules", "It has the alphas [1.0, 4.0]", "lacks text_model_", "ss_network_dim says 4",
+                 "bundled in", "lora_te1_ is SDXL's prefix"):
+        assert word in text, word
+    assert {reader.program: reader.verdict for reader in report.readers} == {
+        "finetune": "yes", "diffusers": "no", "AUTOMATIC1111": "with care", "Forge": "with care", "ComfyUI": "with care", "kohya": "with care"}
+    assert report.reader("ComfyUI").text == "applies only the UNet part" and "--to kohya" in report.remedies[0][1]
 
 
 def test_metadata_that_disagrees_with_tensors_is_named(tmp_path):
     lora.write_kohya(tmp_path / "dog.safetensors", modules(), {})
     tensors, told = load_tensors(tmp_path / "dog.safetensors")
     save_tensors(tmp_path / "dog.safetensors", tensors, {**told, "ss_network_dim": "8"})
-    assert inspect(tmp_path / "dog.safetensors").warnings == ["Metadata says rank 8, the tensors say 4."]
+    assert inspect(tmp_path / "dog.safetensors").warnings == ["ss_network_dim says 8, the tensors have rank 4."]
 
 
 def test_embeddings_in_three_layouts(tmp_path):
@@ -93,17 +101,18 @@ def test_embeddings_in_three_layouts(tmp_path):
     for name in ("toy.safetensors", "toy.pt", "learned_embeds.safetensors"):
         report = inspect(tmp_path / name)
         assert (report.kind, report.vectors, report.width, report.family.key, report.parameters) == ("embedding", 2, 1024, "sd2", 2048)
-    assert dict(inspect(tmp_path / "toy.safetensors").readers)["diffusers"].endswith('token="toy")')
+    assert 'token="toy")' in inspect(tmp_path / "toy.safetensors").reader("diffusers").text
     assert inspect(tmp_path / "toy.pt").trained_on == {"base": "sd21", "steps": "300"}
     assert inspect(tmp_path / "learned_embeds.safetensors").trigger == "<toy>"
-    assert "go by the file name" in inspect(tmp_path / "learned_embeds.safetensors").warnings[0]
+    renamed = inspect(tmp_path / "learned_embeds.safetensors")
+    assert "go by the file name" in renamed.warnings[0] and renamed.reader("kohya").verdict == "with care" and renamed.reader("diffusers").verdict == "yes"
 
 
 def test_trap_2_a_default_torch_file_is_refused_by_the_web_ui(tmp_path):
     torch.save({"string_to_param": {"*": torch.randn(1, 768)}, "name": "toy"}, tmp_path / "toy.pt")
     report = inspect(tmp_path / "toy.pt")
-    assert dict(report.readers)["A1111 web UI, Forge"].startswith("refuses it (container member")
-    assert "current torch.save" in report.warnings[0]
+    assert (report.reader("AUTOMATIC1111").verdict, report.reader("Forge").verdict, report.reader("ComfyUI").verdict) == ("no", "yes", "yes")
+    assert "current torch.save" in report.warnings[0] and "--to webui" in report.remedies[0][1]
 
 
 def test_hypernetworks_in_both_forms(tmp_path):
@@ -113,9 +122,12 @@ def test_hypernetworks_in_both_forms(tmp_path):
     assert webui.kind == ours.kind == "hypernetwork" and webui.parameters == ours.parameters == 4_723_200
     assert (webui.settings["widths"], webui.settings["activation"], webui.family.key) == ("768", "relu, on the output too", "sd1")
     assert ours.layout == "finetune safetensors, version 2" and ours.settings["transforms"] == "query, key"
-    assert dict(webui.readers)["Forge"] == "loads it and applies nothing"
-    assert "silently does nothing" in dict(ours.readers)["ComfyUI"]
-    assert webui.warnings == ours.warnings == []
+    assert (webui.reader("Forge").verdict, webui.reader("Forge").text) == ("no", "loads it and applies nothing")
+    assert webui.reader("AUTOMATIC1111").verdict == webui.reader("ComfyUI").verdict == "yes" and webui.warnings == webui.remedies == []
+    assert (ours.reader("ComfyUI").verdict, "silently does nothing" in ours.reader("ComfyUI").text) == ("no", True)
+    assert "transforms queries" in ours.warnings[0] and ours.remedies == []
+    hypernetwork.write_safetensors(tmp_path / "kv.safetensors", hyper(), TOLD)
+    assert inspect(tmp_path / "kv.safetensors").remedies[0][1].endswith("--to webui --output kv.pt")
     damaged = {"hypernet.768.k.linear.0.weight": torch.zeros(3), "strange": torch.zeros(1)}
     save_file(damaged, tmp_path / "x.safetensors", {"finetune.format": "hypernetwork"})
     text = inspect(tmp_path / "x.safetensors").warnings
@@ -177,8 +189,8 @@ def test_our_own_folders_explain_each_file(tmp_path):
     (inside,) = report.children
     assert [child.trained_on for child in inside.children] == [{}, {}]  # the folder has said it
     assert inside.kind == "finetune-artifact" and inside.trigger == "sks dog"
-    assert [child.layout for child in inside.children] == ["kohya", "peft"]
-    assert ("    rank", "4; alpha 2") in lines(report)
+    assert [child.layout for child in inside.children] == ["kohya layout", "PEFT layout"]
+    assert [child.remedies for child in inside.children] == [[], []]  # what the second would be converted to lies beside it
     assert inside.trained_on == {"base": "sd15", "steps": "300"}  # the run has said the method
     assert inspect(artifact).trained_on == {"method": "lora", "base": "sd15", "steps": "300"}
     assert inside.warnings == ["pytorch_lora_weights.safetensors was changed after finetune wrote it.", "artifact.json names gone.pt, which is not there."]
@@ -206,8 +218,13 @@ def test_a_pipeline_folder_with_the_new_names_is_warned_about(tmp_path):
     assert (report.kind, report.family.key, report.settings["predicts"], report.modules) == ("diffusers-folder", "sd2-v", "v_prediction", {"text_encoder": 3})
     assert report.trigger == "sks dog" and report.trained_on["steps"] == "300"
     text = " ".join(report.warnings)
-    for word in ("loads random weights", "no vocab.json", "no prompt length", "names vae"):
+    for word in ("load random weights", "no vocab.json", "does not say that prompts have 77 tokens", "names vae"):
         assert word in text
+    assert (report.reader("diffusers").verdict, report.reader("kohya").verdict, report.reader("Forge").verdict) == ("no", "no", "no")
+    (tmp_path / "vae").mkdir()
+    whole = inspect(tmp_path)
+    assert (whole.reader("diffusers").verdict, whole.reader("kohya").verdict, whole.reader("finetune").verdict) == ("with care", "no", "yes")
+    assert [command.split(" --to ")[1].split()[0] for _, command in whole.remedies] == ["diffusers", "single-file"]
 
 
 def test_a_width_of_no_published_model_is_said(tmp_path):
@@ -219,7 +236,9 @@ def test_nothing_there_and_other_files(tmp_path):
     with pytest.raises(Problem, match="nothing at"):
         inspect(tmp_path / "none.safetensors")
     (tmp_path / "x.png").write_bytes(b"\x89PNG")
-    assert inspect(tmp_path / "x.png").kind == "unknown"
+    assert "cannot be read as a picture" in inspect(tmp_path / "x.png").warnings[0]
+    (tmp_path / "x.txt").write_text("text")
+    assert inspect(tmp_path / "x.txt").kind == "unknown"
 
 
 def test_safetensors_are_explained_without_importing_torch(tmp_path):

@@ -35,7 +35,6 @@ _TRAINED_ON = {
     "finetune.versions": "versions",
     "finetune.licence": "licence",
     "ss_sd_model_name": "base",
-    "ss_base_model_version": "base version",
     "ss_steps": "steps",
     "ss_seed": "seed",
     "ss_learning_rate": "learning rate",
@@ -154,7 +153,7 @@ def _training(told: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         yield "trained on", told.get("base", "") + hashed
     parts = [told[label] for label in ("method",) if label in told]
     parts += [f"{told['steps']} steps"] if "steps" in told else []
-    parts += [f"{label} {told[label]}" for label in ("seed", "learning rate", "class noun", "predicts", "base version") if label in told]
+    parts += [f"{label} {told[label]}" for label in ("seed", "learning rate", "class noun", "predicts") if label in told]
     if parts:
         yield "training", ", ".join(parts)
     for label, name in (("command", "made by"), ("versions", "made with"), ("licence", "licence")):
