@@ -53,7 +53,7 @@ class Settings(BaseModel):
     steps: int | None = setting(
         None, "optimizer steps [default: 600 of 16 pictures; for inpainting and depth 500 of 8]", unit="steps", group="variant", ge=1)
     learning_rate: float | None = setting(
-        None, "peak learning rate; it rises for a tenth of the steps and falls to zero [default: 3e-4; for inpainting and depth 2.5e-3]",
+        None, "peak learning rate; it rises for some steps and falls to zero [default: 3e-4; for inpainting and depth 7e-4]",
         group="variant", gt=0)
     pictures: int | None = setting(
         None, "for v-prediction: pictures of the world to train on [default: 6000]; the others never see one twice", group="variant", ge=512)

@@ -2,7 +2,7 @@
 
 The network is given what StableDiffusionInpaintPipeline or StableDiffusionDepth2ImgPipeline gives it (`masks`): the world
 knows the true mask and depth of every picture. The new input channels start at zero and so does the LoRA (Hu et al. 2021,
-2106.09685): step zero is the base. Only these two train, so that the result is a small file beside the base (`model.delta`).
+2106.09685): step zero is the base. Only these train, so that the result is a small file beside the base (`model.delta`).
 
 Pictures are drawn as they are needed and none comes twice, so there is nothing to prepare, and going on after an
 interruption needs no more than the step. Drawing and encoding take a quarter of a step.
@@ -47,6 +47,8 @@ from finetune.training.meter import Meter
 
 VALIDATION = 64  # pictures of the fixed set, the first of those described
 FILE = "delta.safetensors"
+# The new channels begin at zero and have far to go; the LoRA at that rate would unsettle the network before they say anything.
+CONV_RATE = 4.0
 
 
 class Settings(TrainSettings):
@@ -75,7 +77,7 @@ class LowRank(nn.Module):
 
 
 class Widened(Method):
-    """Trains the first convolution and a LoRA on the attention blocks; the loop asks it like any method."""
+    """Trains the first convolution's new channels and a LoRA; the loop asks it like any method."""
 
     name = "variant"
     title = "Variant"
@@ -93,8 +95,15 @@ class Widened(Method):
         self.pairs = {name: LowRank(module.weight, self.settings.rank) for name, module in modules.items()}
         for name, module in modules.items():
             parametrize.register_parametrization(module, "weight", self.pairs[name])
-        trained = {f"conv_in.{name}": value for name, value in base.unet.conv_in.named_parameters()}
-        return [Group(trained), Group({f"{name}.{part}": getattr(pair, part) for name, pair in self.pairs.items() for part in ("down", "up")})]
+        first, pairs = base.unet.conv_in, self.pairs.items()
+        self.old = first.weight[:, :4].detach().clone()
+        return [Group({"conv_in.weight": first.weight}, rate=CONV_RATE),
+                Group({f"{name}.{part}": getattr(pair, part) for name, pair in pairs for part in ("down", "up")})]
+
+    @torch.no_grad()
+    def after_step(self, base: Base) -> None:
+        """The latents' own channels stay as they were: moving them only unsettles what the base can do."""
+        base.unet.conv_in.weight[:, :4] = self.old
 
     @torch.no_grad()
     def condition(self, base: Base, captions: list[str]) -> Cond:
@@ -123,8 +132,11 @@ class Widened(Method):
 
 
 def adapted(name: str, module: nn.Module) -> bool:
-    """Whether a module of the UNet gets a LoRA: all linear layers and 1 x 1 convolutions of the attention blocks."""
-    return ".attentions." in name and isinstance(module, nn.Linear | nn.Conv2d)
+    """Whether a module of the UNet gets a LoRA: the layers of the attention blocks, and the convolutions between them.
+
+    Where something is in the picture travels through the convolutions; with the attention blocks alone it is learned slowly.
+    """
+    return name not in ("conv_in", "conv_out") and (isinstance(module, nn.Conv2d) or ".attentions." in name and isinstance(module, nn.Linear))
 
 
 class ShotSource:
@@ -183,7 +195,7 @@ def pictures_of(shots: list[Shot]) -> Tensor:
     return torch.from_numpy(np.stack([np.array(shot.picture) for shot in shots])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def widened(model: str, variant: str, output: Path, *, steps: int = 500, rate: float = 2.5e-3, rank: int = 16, seed: int = 0,
+def widened(model: str, variant: str, output: Path, *, steps: int = 500, rate: float = 7e-4, rank: int = 16, seed: int = 0,
             console: Console | None = None) -> Path:
     """Write `output`: a whole diffusers folder of the variant, and in it delta.safetensors, which is all that differs.
 
@@ -192,7 +204,9 @@ def widened(model: str, variant: str, output: Path, *, steps: int = 500, rate: f
         variant: "inpainting" or "depth".
         output: folder to make; beside it OUTPUT.work holds checkpoints until it is done, and a training that was
             interrupted goes on from there.
-        steps, rate, rank: 8 pictures a step; peak learning rate, risen to in a tenth of the steps; rank of the LoRA.
+        steps: of 8 pictures.
+        rate, rank: of the LoRA; the peak of a rate that rises for 25 steps and falls to zero. The convolution's is
+            CONV_RATE times as large.
         seed: of pictures, masks, noises and timesteps.
 
     Raises:
@@ -206,7 +220,7 @@ def widened(model: str, variant: str, output: Path, *, steps: int = 500, rate: f
     work, started = output.with_name(output.name + ".work"), time.perf_counter()
     noted = {"variant": variant, "base": base.hash, "steps": steps, "rate": rate, "rank": rank, "seed": seed}
     same_training(work, noted, console)
-    settings = Settings(model=model, steps=steps, learning_rate=rate, warmup=max(1, steps // 10), rank=rank, seed=seed, resolution=64)
+    settings = Settings(model=model, steps=steps, learning_rate=rate, warmup=min(25, steps), rank=rank, seed=seed, resolution=64)
     method = Widened(settings, variant)
     measured = train(base, method, settings, work, console)
     command = f"finetune toybox variant {variant} --steps {steps} --learning-rate {rate:g} --rank {rank} --seed {seed}"
