@@ -36,6 +36,11 @@ class Walk:
     strength: float = 1.0
 
 
+def scheduler(base: Base, sampler: str) -> Any:
+    """A diffusers scheduler with the base's noise schedule and prediction type, for use outside of `render`."""
+    return schedulers.make(base.scheduler_config, sampler)
+
+
 @torch.no_grad()
 def render(base: Base, prompts: list[str], seeds: list[int], *, steps: int = 25, guidance: float = 4.0, negative: str = "",
            size: int | tuple[int, int] | None = None, batch: int = 8, sampler: str = "dpm++", spacing: str | None = None, karras: bool = False,
@@ -89,8 +94,8 @@ def sample(base: Base, wanted: Cond, unwanted: Cond, seeds: list[int], canvas: C
     """
     from diffusers.utils.torch_utils import randn_tensor
 
-    scheduler = schedulers.make(base.scheduler_config, walk.sampler, spacing=walk.spacing, karras=walk.karras)
-    timesteps = schedulers.set_timesteps(scheduler, walk.steps, base.device)
+    solver = schedulers.make(base.scheduler_config, walk.sampler, spacing=walk.spacing, karras=walk.karras)
+    timesteps = schedulers.set_timesteps(solver, walk.steps, base.device)
     begin = first_step(walk.steps, walk.strength)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     side = base.pixels_per_latent
@@ -99,16 +104,16 @@ def sample(base: Base, wanted: Cond, unwanted: Cond, seeds: list[int], canvas: C
     start = canvas.start.expand(shape) if canvas.start is not None else None
     if begin == walk.steps:
         return start.clone()
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(begin)
-    draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    latents = noise * scheduler.init_noise_sigma if begin == 0 else scheduler.add_noise(start, noise, timesteps[begin : begin + 1])
+    if hasattr(solver, "set_begin_index"):
+        solver.set_begin_index(begin)
+    draws = {"generator": generators} if "generator" in inspect.signature(solver.step).parameters else {}
+    latents = noise * solver.init_noise_sigma if begin == 0 else solver.add_noise(start, noise, timesteps[begin : begin + 1])
     for place in range(begin, walk.steps):
-        pred = guided(base, scheduler.scale_model_input(latents, timesteps[place]), timesteps[place], wanted, unwanted, canvas, walk.guidance)
-        latents = scheduler.step(pred, timesteps[place], latents, **draws).prev_sample
+        pred = guided(base, solver.scale_model_input(latents, timesteps[place]), timesteps[place], wanted, unwanted, canvas, walk.guidance)
+        latents = solver.step(pred, timesteps[place], latents, **draws).prev_sample
         if canvas.paint is not None:  # outside the mask the original, noised as far as the walk has come (Lugmayr et al. 2022, eq. 8)
             after = timesteps[place + 1 : place + 2]
-            known = scheduler.add_noise(start, noise, after) if len(after) else start
+            known = solver.add_noise(start, noise, after) if len(after) else start
             latents = (1 - canvas.paint) * known + canvas.paint * latents
     return latents
 
