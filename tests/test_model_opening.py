@@ -6,6 +6,7 @@ the program tells the kinds by are the published models'.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import socket
@@ -226,3 +227,10 @@ def test_damaged_single_file_is_named(tmp_path: Path) -> None:
     save_file({key: value for key, value in tensors.items() if not key.startswith("first_stage_model.")}, tmp_path / "half.safetensors")
     with pytest.raises(Problem, match=r"half\.safetensors cannot be loaded.*Failed to load AutoencoderKL"):
         base_room.load(str(tmp_path / "half.safetensors"))
+
+
+def test_files_that_leave_the_machine_say_no_path(tiny_model: Path) -> None:
+    base = load(str(tiny_model))
+    assert base.known_as == tiny_model.name and "/" not in base.known_as
+    assert dataclasses.replace(base, name="toybox").known_as == "toybox"
+    assert dataclasses.replace(base, name="stable-diffusion-v1-5/stable-diffusion-v1-5").known_as == "stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -64,7 +64,7 @@ def run(settings: Settings, console: Console) -> None:
                   + (", residual blocks; --conv-rank takes those)" if settings.conv_rank is None else ")"), soft_wrap=True)
     own = tuned.location.path / "finetune.json"
     facts = {key: value for key, value in (runs.read_json(own) if own.is_file() else {}).items() if key in lora_tools.KEPT}
-    metadata = facts | {"finetune.base": base.name, "finetune.base_hash": base.hash, "finetune.prediction_type": base.prediction,
+    metadata = facts | {"finetune.base": base.known_as, "finetune.base_hash": base.hash, "finetune.prediction_type": base.prediction,
                 "finetune.extracted": Path(settings.tuned).name}
     lora_tools.write(settings.output, modules, metadata, settings.dtype, console)
 

@@ -101,7 +101,7 @@ def fold(given: list[tuple[Path, float]], settings: Settings, console: Console) 
     method = dreambooth(dreambooth.Settings(prior="none", ema_decay=0, export_dtype=settings.dtype))
     method.attach(base)
     metadata = shared_facts([one.metadata for one in loaded]) | {
-        "finetune.base": base.name, "finetune.base_hash": base.hash, "finetune.prediction_type": base.prediction, "finetune.merged": told(given)}
+        "finetune.base": base.known_as, "finetune.base_hash": base.hash, "finetune.prediction_type": base.prediction, "finetune.merged": told(given)}
     with runs.atomic_folder(folder) as fresh:
         method.export(base, fresh, metadata)
     console.print(f"{folder}: {base.name} with {told(given)}, {runs.folder_bytes(folder):,} bytes", soft_wrap=True)

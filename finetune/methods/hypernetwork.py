@@ -231,7 +231,7 @@ class Hypernetwork(Method):
                   for key, network in self._by_key().items()}
         content = files.HypernetworkFile(networks=states, layer_structure=self.structure, activation=self.settings.activation,
                                          layer_norm=self.settings.layer_norm, activate_output=False, dropout=dropout if places else None,
-                                         scope=self.settings.scope, name=self.stem, step=self.settings.steps, base_name=base.name,
+                                         scope=self.settings.scope, name=self.stem, step=self.settings.steps, base_name=base.known_as,
                                          base_hash=base.hash[:10], metadata=metadata)
         files.write_safetensors(folder / f"{self.stem}.safetensors", content, metadata)
         if self._for_webui:

@@ -131,7 +131,7 @@ class TextualInversion(Method):
         vectors = [rows.detach().float().cpu() for rows in self._rows]
         embedding.write_safetensors(folder / f"{self.stem}.safetensors", vectors[0], metadata, *vectors[1:])
         if len(vectors) == 1:
-            embedding.write_webui(folder / f"{self.stem}.pt", vectors[0], self.stem, self.settings.steps, base.name, base.hash[:10])
+            embedding.write_webui(folder / f"{self.stem}.pt", vectors[0], self.stem, self.settings.steps, base.known_as, base.hash[:10])
         for own, file in zip(vectors, DIFFUSERS, strict=False):
             embedding.write_diffusers(folder / file, own, self.placeholder, metadata)
 

@@ -49,6 +49,12 @@ class Base:
     tokenizer_2: Any = None
 
     @property
+    def known_as(self) -> str:
+        """What files that leave this machine call it: its name or hub id, and of a local path only the last part."""
+        place = Path(self.name).expanduser()
+        return (place.resolve().name or self.name) if place.exists() else self.name
+
+    @property
     def family(self) -> str:
         return self.location.family
 

@@ -40,7 +40,7 @@ def export(folder: Path, settings: TrainSettings, method: Method, base: Base, pi
 
 def describe(settings: TrainSettings, method: Method, base: Base, pictures: int, step: int) -> dict[str, str]:
     """The `finetune.*` metadata every file of the artifact carries. No date: equal runs give equal bytes."""
-    return {"finetune.method": method.name, "finetune.base": base.name, "finetune.base_hash": base.hash,
+    return {"finetune.method": method.name, "finetune.base": base.known_as, "finetune.base_hash": base.hash,
             "finetune.prediction_type": base.prediction, "finetune.steps": str(step), "finetune.seed": str(settings.seed),
             "finetune.trigger": method.trigger, "finetune.class_noun": method.noun, "finetune.resolution": str(settings.resolution),
             "finetune.pictures": str(pictures), "finetune.licence": "that of the base model",
