@@ -68,7 +68,12 @@ def show(report: Report, console: Console) -> None:
         section("Who can read it", console)
         console.print(Padding(readers(report), INDENT))
     parts = [child for child in report.children if child.readers]
-    if parts:
+    if len(parts) == 1:  # a folder around one thing
+        section(f"{parts[0].path.name}: {parts[0].title()}", console)
+        console.print(Padding(grid(list(facts(parts[0]))), INDENT))
+        section("Who can read it", console)
+        console.print(Padding(readers(parts[0]), INDENT))
+    elif parts:
         section("Files", console)
         console.print(Padding(grid([(part.path.name, brief(part)) for part in parts]), INDENT))
         section("Who can read what", console)
@@ -88,7 +93,7 @@ def show(report: Report, console: Console) -> None:
         if child.children:
             console.print()
             show(child, console)
-    if parts:
+    if len(parts) > 1:
         console.print()
         console.print(Text("Each file in full: finetune inspect FILE", "dim"))
 

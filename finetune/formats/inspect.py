@@ -85,7 +85,8 @@ def _folder(path: Path) -> Report:
             report.warnings.append("It holds no model, artifact or run.")
     if any(reader.verdict == readers.YES for child in report.children for reader in child.readers if reader.program != "finetune"):
         for child in report.children if report.kind == "finetune-artifact" else []:  # what it would be converted to lies beside it
-            child.remedies = [remedy for remedy in child.remedies if "finetune convert" not in remedy[1]]
+            if child.kind != "diffusers-folder":
+                child.remedies = [remedy for remedy in child.remedies if "finetune convert" not in remedy[1]]
     for child in report.children:  # said once, by the folder
         child.trained_on = {label: text for label, text in child.trained_on.items() if report.trained_on.get(label) != text}
     return report
@@ -127,7 +128,7 @@ def _embedding(report: Report, header: Header) -> None:
         ((name, info),) = tensors.items()
         token = None if name in ANONYMOUS_KEYS else name
         report.layout = "tensor under its word" if token else f"tensor without a word ({name})"
-        describe_embedding(report, info.shape if len(info.shape) == 2 else (1, info.parameters), token, "token" if token else "table")
+        describe_embedding(report, info.shape if len(info.shape) == 2 else (1, info.parameters), token, "token" if token else "table", stated)
     else:
         report.warnings.append("Its tensor names belong to no adapter or single-file checkpoint known here.")
         return

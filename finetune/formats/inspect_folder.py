@@ -46,7 +46,7 @@ def describe_pipeline(report: Report) -> None:
 
 def _verdicts(report: Report, index: Mapping[str, Any]) -> None:
     """Who reads a pipeline folder, by what the acceptance list finds wrong in it."""
-    folder, found = report.path, readers.folder(report.path.name)
+    folder, found = report.path, readers.folder(str(report.path))
     wrong = grouped(acceptance.of_folder(folder))
     report.warnings += wrong
     if any("text_model." in text for text in wrong):
@@ -60,7 +60,7 @@ def _verdicts(report: Report, index: Mapping[str, Any]) -> None:
     elif wrong:
         report.remedies.append(convert(folder, "diffusers", f"{folder.resolve().name}-fixed/", "readable by old and new versions alike"))
     if "variant" in report.settings and found["finetune"][0] == "yes":
-        found["finetune"] = (readers.YES, f"generate --model {folder.name}; it cannot be trained on")
+        found["finetune"] = (readers.YES, f"generate --model {folder}; it cannot be trained on")
     report.remedies.append(convert(folder, "single-file", f"{folder.resolve().name}.safetensors", "for AUTOMATIC1111, Forge and ComfyUI"))
     report.readers = readers.table(found)
 

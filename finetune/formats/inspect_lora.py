@@ -154,7 +154,8 @@ def _kohya(report: Report, header: Header, groups: Groups, ignored: list[str], k
         report.remedies.append(convert(path, "kohya", f"{path.stem}-fixed.safetensors", "one rank, one alpha, names every reader knows"))
     if not plain:
         report.remedies.append(("plain pairs that every program reads, by approximation",
-                                f"finetune merge {shlex.quote(str(path))} --rank 16 --output {shlex.quote(path.stem)}-lora.safetensors"))
+                                f"finetune merge {shlex.quote(str(path))} --base {shlex.quote(report.trained_on.get('base', 'MODEL'))} --rank 16 "
+                                f"--output {shlex.quote(path.stem)}-lora.safetensors"))
     return found
 
 

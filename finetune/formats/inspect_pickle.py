@@ -129,20 +129,21 @@ def _embedding(report: Report, content: Any, names: list[str]) -> None:
         report.remedies.append(convert(report.path, "webui", f"{report.path.stem}-webui/", "as a plain dict"))
 
 
-def describe_embedding(report: Report, shape: tuple[int, ...], token: str | None, form: str) -> None:
+def describe_embedding(report: Report, shape: tuple[int, ...], token: str | None, form: str, word: str | None = None) -> None:
     """Findings shared by pickled and safetensors embeddings.
 
     Args:
         shape: (vectors, width).
         token: the name inside, or None.
         form: as for `readers.embedding`.
+        word: the trigger its metadata state, for a table without a name.
     """
     report.kind = "embedding"
     report.vectors, report.width = shape[0], shape[1]
     report.family = SDXL if form == "pair" else family_of_width(shape[1])
     stem = report.path.stem
     report.trigger = token or stem
-    found = readers.embedding(report.path.name, stem, form, token)
+    found = readers.embedding(report.path.name, stem, form, token or word)
     if token and token != stem:
         report.warnings.append(f"The file is named {stem!r} but its word is {token!r}: the web UIs, ComfyUI and kohya's scripts go by the file name.")
         for program in ("AUTOMATIC1111", "Forge", "ComfyUI", "kohya"):

@@ -149,8 +149,8 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
 def _training(told: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """What the metadata says of the training, in as few lines as can be."""
     if "base" in told or "base hash" in told:
-        hashed = f" (hash {told['base hash']})" if "base hash" in told and "base" in told else told.get("base hash", "")
-        yield "trained on", told.get("base", "") + hashed
+        hashed = f"hash {told['base hash']}" if "base hash" in told else ""
+        yield "trained on", f"{told['base']} ({hashed})" if hashed and "base" in told else told.get("base", hashed)
     parts = [told[label] for label in ("method",) if label in told]
     parts += [f"{told['steps']} steps"] if "steps" in told else []
     parts += [f"{label} {told[label]}" for label in ("seed", "learning rate", "class noun", "predicts") if label in told]

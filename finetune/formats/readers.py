@@ -102,7 +102,7 @@ def embedding(file: str, stem: str, form: str, token: str | None) -> dict[str, V
 
     Args:
         form: "table" (one tensor without a word), "token" (one tensor under its word), "dict" (A1111's .pt), "pair" (SDXL's).
-        token: the word inside, if any.
+        token: the word inside, or which the metadata state; None where nothing does.
     """
     typed = f"embeddings/; type {stem}"
     found = {
@@ -114,7 +114,7 @@ def embedding(file: str, stem: str, form: str, token: str | None) -> dict[str, V
         "kohya": (YES, f"--textual_inversion_embeddings {file}; type {stem}"),
     }
     if form == "table":
-        found["diffusers"] = (CARE, f'pipe.load_textual_inversion("{file}", token="{stem}"); without token= the word is the key')
+        found["diffusers"] = (CARE, f'pipe.load_textual_inversion("{file}", token="{token or stem}"); without token= the word is the key')
     if form == "pair":
         found["diffusers"] = (NO, "takes its two tensors one by one, each with its tokenizer and encoder")
     return found
