@@ -128,7 +128,8 @@ def _embedding(report: Report, header: Header) -> None:
         ((name, info),) = tensors.items()
         token = None if name in ANONYMOUS_KEYS else name
         report.layout = "tensor under its word" if token else f"tensor without a word ({name})"
-        describe_embedding(report, info.shape if len(info.shape) == 2 else (1, info.parameters), token, "token" if token else "table", stated)
+        describe_embedding(report, info.shape if len(info.shape) == 2 else (1, info.parameters), token, "token" if token else "table",
+                           stated if stated and not set(stated) & set(" \t") else None)
     else:
         report.warnings.append("Its tensor names belong to no adapter or single-file checkpoint known here.")
         return
