@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from finetune.cli import app
 from finetune.formats import embedding, ldm, lora
+from finetune.formats.header import expected_safetensors_bytes
 from finetune.formats.inspect import inspect
 from finetune.formats.lora import LoraModule
 from finetune.formats.readers import PROGRAMS
@@ -150,3 +151,23 @@ def test_what_inspect_advises_parses(tmp_path):
     assert len(remedies) == 5
     for command in remedies:
         parse([word for word in shlex.split(command)[1:]])
+
+
+def test_sizes_in_the_table_follow_from_the_shapes():
+    """LoRA: parameters per rank; embeddings: their header; hypernetworks: two networks a width, for key and for value."""
+    def hypernetwork(*widths):
+        return sum(2 * 4 * ((2 * width) * width + 2 * width + width * (2 * width) + width) for width in widths)
+
+    def embedding_file(**shapes):
+        return expected_safetensors_bytes(shapes, "F32")
+
+    text = (DOCS / "formats.md").read_text(encoding="utf-8").partition("## Sizes")[2].partition("##")[0]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.split("\n") if line.startswith("| ")]
+    table = {row[0]: [int(cell.replace(",", "")) for cell in row[1:] if cell] for row in rows[1:]}
+    per_rank = (99_456, 107_648, 785_920)  # of every to_q, to_k, to_v, to_out of cross-attention in SD 1.5, SD 2.1, SDXL
+    assert table["LoRA of cross-attention, weights alone, rank 4"] == [2 * 4 * count for count in per_rank]
+    assert table["embedding, one vector, fp32, `emb_params`"] == [
+        embedding_file(emb_params=(1, 768)), embedding_file(emb_params=(1, 1024)), embedding_file(clip_g=(1, 1280), clip_l=(1, 768))]
+    assert table["hypernetwork 1,2,1 on the text alone, numbers alone, fp32"] == [hypernetwork(768), hypernetwork(1024)]
+    assert table["hypernetwork 1,2,1 on every width, numbers alone, fp32"] == [
+        hypernetwork(768, 320, 640, 1280), hypernetwork(1024, 320, 640, 1280), hypernetwork(2048, 640, 1280)]
