@@ -11,7 +11,7 @@ from typing import Any
 from finetune.formats import acceptance, readers
 from finetune.formats.families import family_of_width
 from finetune.formats.header import parameter_count, read_header, tensor_bytes
-from finetune.formats.inspection import Report, convert, grouped, trained_on, trigger_of
+from finetune.formats.inspection import Report, convert, file_name, grouped, trained_on, trigger_of
 from finetune.formats.readers import CARE, NO
 
 _PEFT_VARIANTS = {"use_dora": "with DoRA", "use_rslora": "with rank-stabilised scale"}
@@ -61,7 +61,7 @@ def _verdicts(report: Report, index: Mapping[str, Any]) -> None:
         report.remedies.append(convert(folder, "diffusers", f"{folder.resolve().name}-fixed/", "readable by old and new versions alike"))
     if "variant" in report.settings and found["finetune"][0] == "yes":
         found["finetune"] = (readers.YES, f"generate --model {folder}; it cannot be trained on")
-    report.remedies.append(convert(folder, "single-file", f"{folder.resolve().name}.safetensors", "for AUTOMATIC1111, Forge and ComfyUI"))
+    report.remedies.append(convert(folder, "single-file", f"{file_name(report.trigger or folder.resolve().name)}.safetensors", "for AUTOMATIC1111, Forge and ComfyUI"))
     report.readers = readers.table(found)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections import Counter
 
@@ -10,7 +9,7 @@ from finetune.errors import Problem
 from finetune.formats import acceptance, lora_names, readers
 from finetune.formats.families import SDXL, family_of_width
 from finetune.formats.header import Header, TensorInfo, read_scalar
-from finetune.formats.inspection import Report, convert, grouped
+from finetune.formats.inspection import Report, convert, file_name, grouped
 from finetune.formats.lora_keys import NUMBERED, adapter_alphas, kind_of, layout_of, missing_part, sort_keys
 from finetune.formats.readers import CARE, NO, Verdict
 
@@ -117,8 +116,7 @@ def _peft(report: Report, header: Header) -> dict[str, Verdict]:
     if not report.alphas and not {"lora_adapter_metadata", "finetune.scale"} & set(header.metadata):
         report.warnings.append("No alpha is stored: every reader takes alpha = rank, right only if the scale was baked in.")
     named = report.trigger or "lora" if report.path.stem in ("pytorch_lora_weights", "adapter_model") else f"{report.path.stem}-kohya"
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", named).strip("-")
-    report.remedies.append(convert(report.path, "kohya", f"{stem}.safetensors", "for AUTOMATIC1111, Forge, ComfyUI and kohya"))
+    report.remedies.append(convert(report.path, "kohya", f"{file_name(named)}.safetensors", "for AUTOMATIC1111, Forge, ComfyUI and kohya"))
     found = readers.peft_lora(report.path.name)
     if any(key.startswith("text_encoder") and ".text_model." not in key for key in header.tensors):
         found["diffusers"] = (CARE, "current versions only: older ones cannot place its text modules")

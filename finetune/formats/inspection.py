@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -179,6 +180,11 @@ def grouped(findings: Iterable[Any]) -> list[str]:
         named = "_" in first or "." in first.rstrip(".")
         found.setdefault(rest if named else finding.text, []).append(finding.text)
     return [f"{texts[0]}" + (f" ({len(texts) - 1} others like it.)" if len(texts) > 1 else "") for texts in found.values()]
+
+
+def file_name(text: str) -> str:
+    """A trigger or a name in letters that can stand in a file's name everywhere."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "artifact"
 
 
 def convert(path: Path, layout: str, output: str, purpose: str, more: str = "") -> tuple[str, str]:
