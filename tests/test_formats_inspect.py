@@ -230,6 +230,10 @@ def test_a_pipeline_folder_with_the_new_names_is_warned_about(tmp_path):
 def test_a_width_of_no_published_model_is_said(tmp_path):
     lora.write_kohya(tmp_path / "dog.safetensors", modules(64), {})
     assert "text width 64" in inspect(tmp_path / "dog.safetensors").warnings[-1]
+    (tmp_path / "folder/unet").mkdir(parents=True)
+    (tmp_path / "folder/model_index.json").write_text("{}")
+    (tmp_path / "folder/unet/config.json").write_text(json.dumps({"cross_attention_dim": 64}))
+    assert "text width 64" in inspect(tmp_path / "folder").warnings[-1]
 
 
 def test_nothing_there_and_other_files(tmp_path):

@@ -14,6 +14,7 @@ from finetune.formats import hypernetwork, lora
 from finetune.formats.inspect import inspect
 from finetune.formats.inspection import as_json
 from finetune.formats.lora_kinds import LoraModule
+from finetune.model import delta
 
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 UNET, CLIP, VAE = "model.diffusion_model.", "cond_stage_model.transformer.text_model.", "first_stage_model."
@@ -199,7 +200,7 @@ def test_pictures(tmp_path):
 
 
 def test_a_variant_of_the_embedded_base(tmp_path):
-    told = {"format": "finetune-delta-1", "variant": "inpainting", "base": "ab12", "steps": "300"}
+    told = {"format": "pt", "finetune": delta.FORMAT, "variant": "inpainting", "base": "ab12", "steps": "300"}
     save_file({"conv_in.weight": torch.zeros(8, 9, 3, 3), "conv_in.bias": torch.zeros(8), "mid_block.x.down": torch.zeros(2, 8)}, tmp_path / "x.safetensors", told)
     report = inspect(tmp_path / "x.safetensors")
     assert (report.kind, report.layout, report.settings["changes"]) == ("variant-delta", "inpainting variant of toybox", "2 modules")

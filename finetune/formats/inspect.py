@@ -71,6 +71,7 @@ def _folder(path: Path) -> Report:
         if (path / "model_index.json").is_file():
             pipeline = Report(path, bytes=report.bytes)
             inspect_folder.describe_pipeline(pipeline)
+            _fits_nothing(pipeline)
             report.children.append(pipeline)
     elif (path / "manifest.json").is_file() and (path / "settings.json").is_file():
         inspect_folder.describe_run(report)
@@ -87,6 +88,8 @@ def _folder(path: Path) -> Report:
         for child in report.children if report.kind == "finetune-artifact" else []:  # what it would be converted to lies beside it
             if child.kind != "diffusers-folder":
                 child.remedies = [remedy for remedy in child.remedies if "finetune convert" not in remedy[1]]
+    if report.kind == "diffusers-folder":
+        _fits_nothing(report)
     for child in report.children:  # said once, by the folder
         child.trained_on = {label: text for label, text in child.trained_on.items() if report.trained_on.get(label) != text}
     return report
@@ -105,7 +108,7 @@ def _safetensors(report: Report, header: Header) -> None:
     report.trained_on = trained_on(header.metadata)
     if header.metadata.get("finetune.format") == "hypernetwork":
         _hypernetwork(report, header)
-    elif header.metadata.get("format") in DELTAS:
+    elif header.metadata.get("finetune") in DELTAS:
         _delta(report, header)
     elif is_checkpoint(header.tensors):
         describe_checkpoint(report, header)
