@@ -74,7 +74,7 @@ def test_forge_drops_a_file_with_many_names_it_does_not_know(tmp_path):
         tensors |= {f"{name}.lora_down.weight": torch.ones(2, 768), f"{name}.lora_up.weight": torch.ones(3072, 2)}
     save_file(tensors, tmp_path / "x.safetensors")
     report = inspect(tmp_path / "x.safetensors")
-    assert verdicts(report)["Forge"] == "no" and verdicts(report)["ComfyUI"] == "with care"
+    assert verdicts(report)["Forge"] == "no" and verdicts(report)["ComfyUI"] == verdicts(report)["kohya"] == "with care"
     (warning,) = [text for text in report.warnings if "text_model_" in text]  # seven of a kind, one sentence
     assert warning.endswith("(6 others like it.)")
 
@@ -130,6 +130,9 @@ def test_hypernetworks_that_a1111_and_comfyui_read_differently(tmp_path):
     assert "activate_output" in silent.reader("ComfyUI").text and "different defaults" in words(silent)
     dropout = webui_hypernetwork(tmp_path / "dropout.pt", last=2, use_dropout=True, dropout_structure=[0, 0.3, 0])
     assert "dropout stays active" in dropout.reader("ComfyUI").text and "It has dropout" in words(dropout)
+    content = torch.load(tmp_path / "dropout.pt", weights_only=True)
+    torch.save(content, tmp_path / "dropout.pt")  # and in a current container as well: one command mends both
+    assert [command.partition(" --to ")[2] for _, command in inspect(tmp_path / "dropout.pt").remedies] == ["webui --output dropout-webui/"]
     named = webui_hypernetwork(tmp_path / "file.pt", name="inner")
     assert named.reader("AUTOMATIC1111").verdict == "with care" and "'inner'" in words(named)
 

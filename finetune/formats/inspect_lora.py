@@ -135,7 +135,7 @@ def _kohya(report: Report, header: Header, groups: Groups, ignored: list[str], k
     if levelless:
         keys = sum(len(groups[key]) for key in levelless)
         found["Forge"] = (NO, "drops the whole file") if keys > FORGE_PATIENCE else (CARE, "applies only the UNet part")
-        found["ComfyUI"] = found["AUTOMATIC1111"] = (CARE, "applies only the UNet part")
+        found["ComfyUI"] = found["AUTOMATIC1111"] = found["kohya"] = (CARE, "applies only the UNet part")
     if any(key.startswith("lora_te1_") for key in groups) and report.family is not SDXL:
         wrong.append("lora_te1_ is SDXL's prefix: kohya's scripts look for lora_te_ in other models, the others take both.")
         found["kohya"] = (CARE, "passes over its text encoder part")

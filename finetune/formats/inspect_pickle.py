@@ -107,7 +107,7 @@ def _refused(report: Report, member: str) -> None:
     report.warnings.append(f"Written by a current torch.save: the A1111 web UI refuses its container (member {member!r}). Forge has that check switched off.")
     report.readers = [reader if reader.program != "AUTOMATIC1111" else readers.Reader("AUTOMATIC1111", NO, "refuses its container: 'bad file inside'")
                       for reader in report.readers]
-    if report.kind in ("embedding", "hypernetwork"):
+    if report.kind in ("embedding", "hypernetwork") and not any("--to webui" in command for _, command in report.remedies):
         report.remedies.append(convert(report.path, "webui", f"{report.path.stem}-webui/", "in the container every program takes"))
 
 
