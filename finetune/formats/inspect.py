@@ -20,7 +20,14 @@ from finetune.formats.hypernetwork_layers import expected_shapes
 from finetune.formats.inspect_checkpoint import describe_checkpoint, is_checkpoint
 from finetune.formats.inspect_pickle import describe_embedding, describe_pickle
 from finetune.formats.inspect_picture import PICTURES, describe_picture
-from finetune.formats.inspection import Report, convert, facts, grouped, trained_on, trigger_of
+from finetune.formats.inspection import (
+    Report,
+    convert,
+    facts,
+    grouped,
+    trained_on,
+    trigger_of,
+)
 from finetune.runs import folder_bytes, sha256
 
 LARGEST_HASHED = 2**29  # a hash reads the whole file; beyond this it would no longer be instant

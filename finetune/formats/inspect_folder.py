@@ -11,7 +11,14 @@ from typing import Any
 from finetune.formats import acceptance, readers
 from finetune.formats.families import family_of_width
 from finetune.formats.header import parameter_count, read_header, tensor_bytes
-from finetune.formats.inspection import Report, convert, file_name, grouped, trained_on, trigger_of
+from finetune.formats.inspection import (
+    Report,
+    convert,
+    file_name,
+    grouped,
+    trained_on,
+    trigger_of,
+)
 from finetune.formats.readers import CARE, NO
 
 _PEFT_VARIANTS = {"use_dora": "with DoRA", "use_rslora": "with rank-stabilised scale"}
@@ -30,7 +37,8 @@ def describe_pipeline(report: Report) -> None:
         report.family = family_of_width(width if isinstance(width, int) else width[0], hints)
     if "prediction_type" in schedule:
         report.settings["predicts"] = str(schedule["prediction_type"])
-    report.settings |= {"variant": kind for width, kind in ((9, "inpainting"), (5, "depth")) if unet.get("in_channels") == width}
+    if unet.get("in_channels") in (9, 5):
+        report.settings["variant"] = "inpainting" if unet["in_channels"] == 9 else "depth"
     for weights in sorted(folder.glob("*/*.safetensors")):
         header = read_header(weights)
         part = weights.parent.name

@@ -10,7 +10,14 @@ from finetune.formats import acceptance, lora_names, readers
 from finetune.formats.families import SDXL, family_of_width
 from finetune.formats.header import Header, TensorInfo, read_scalar
 from finetune.formats.inspection import Report, convert, file_name, grouped
-from finetune.formats.lora_keys import NUMBERED, adapter_alphas, kind_of, layout_of, missing_part, sort_keys
+from finetune.formats.lora_keys import (
+    NUMBERED,
+    adapter_alphas,
+    kind_of,
+    layout_of,
+    missing_part,
+    sort_keys,
+)
 from finetune.formats.readers import CARE, NO, Verdict
 
 Groups = dict[str, dict[str, TensorInfo]]

@@ -32,7 +32,11 @@ def webui_refusals(path: Path) -> list[str]:
 
 def describe_pickle(report: Report) -> None:
     """Fill in a report on a torch pickle: an embedding, a hypernetwork, a checkpoint, or what its globals tell."""
-    from finetune.formats.pickles import ALLOWED_GLOBALS, globals_in, load_restricted  # torch takes a second: only for pickles
+    from finetune.formats.pickles import (  # torch takes a second: only for pickles
+        ALLOWED_GLOBALS,
+        globals_in,
+        load_restricted,
+    )
 
     path = report.path
     try:
