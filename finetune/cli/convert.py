@@ -24,7 +24,7 @@ class Settings(BaseModel):
         None, "layout to write; which ones a file has: docs/exporting.md", group="what")
     output: Path | None = setting(None, "folder, or a file with the layout's ending; the web UIs' word is the file's name", group="what")
     name: str | None = setting(None, "file name without ending [default: the trigger, or the file's own name]", group="what")
-    dtype: Literal["fp16", "fp32", "bf16"] | None = setting(None, "number format [default: as in the file; embeddings are always fp32]", group="what")
+    dtype: Literal["fp32", "bf16", "fp16"] | None = setting(None, "number format [default: as in the file; embeddings are always fp32]", group="what")
     like: Path | None = setting(None, "single file to folder: a diffusers folder that describes the model, for widths of no published one", group="what")
     base: str | None = setting(None, "the model a LoRA belongs to, where its layout needs it; SD 2: the original checkpoint", group="what")
     overwrite: bool = setting(False, "replace files that are there", group="what")

@@ -25,7 +25,7 @@ class Settings(BaseModel):
         None, "who shall load it; webui is AUTOMATIC1111, Forge and ComfyUI; which targets a method has: docs/exporting.md", group="what")
     output: Path | None = setting(None, "folder, or a file with the ending of what is written", group="what")
     name: str | None = setting(None, "file name without ending [default: the subject or trigger, safe letters only]", group="what")
-    dtype: Literal["fp16", "fp32", "bf16"] = setting("fp16", "number format; embeddings are always fp32", group="what")
+    dtype: Literal["fp32", "bf16", "fp16"] = setting("fp16", "number format; embeddings are always fp32", group="what")
     base: str | None = setting(None, "SD 2: the original checkpoint, for the text block diffusers drops; OFT: the base model", group="what")
     overwrite: bool = setting(False, "replace files that are there", group="what")
     push_to_hub: str | None = setting(None, "upload the artifact with a model card to this hub repository (OWNER/NAME); nothing is uploaded without it",

@@ -32,7 +32,7 @@ class Settings(BaseModel):
     rank: int = setting(16, "rank of the attention layers and the text encoders", group="what", ge=1)
     conv_rank: int | None = setting(None, "also take the residual blocks, their 3x3 convolutions with this rank [default: left out]", group="what", ge=1)
     clamp: float = setting(1.0, "limit all factors to this quantile; kohya's scripts use .99; 1 is off and the best approximation", group="what", gt=0, le=1)
-    dtype: Literal["fp16", "bf16", "fp32"] = setting("fp16", "number format of what is written", group="run")
+    dtype: Literal["fp32", "bf16", "fp16"] = setting("fp16", "number format of what is written", group="run")
     verbose: bool = setting(False, "say of each module what is kept", group="run")
 
 

@@ -24,7 +24,7 @@ class Settings(BaseModel):
     into: str | None = setting(None, "fold them into this base and write a whole diffusers folder: toybox, folder, file or hub id", group="what")
     rank: int | None = setting(None, "rank of the merged LoRA [default: the sum of ranks, which is exact]", group="what", ge=1)
     base: str | None = setting(None, "base of LoRAs that are not plain pairs (DoRA, LoHa, LoKr, OFT) or number their modules", group="what")
-    dtype: Literal["fp16", "bf16", "fp32"] = setting("fp16", "number format of what is written", group="run")
+    dtype: Literal["fp32", "bf16", "fp16"] = setting("fp16", "number format of what is written", group="run")
     verbose: bool = setting(False, "say of each module what is kept", group="run")
 
 

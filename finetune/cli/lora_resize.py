@@ -22,7 +22,7 @@ class Settings(BaseModel):
     output: Path | None = setting(None, "the .safetensors to write", group="run")
     rank: int | None = setting(None, "rank to cut to", group="what", ge=1)
     energy: float | None = setting(None, "instead: the smallest rank at which every module keeps this share of its energy", group="what", gt=0, le=1)
-    dtype: Literal["fp16", "bf16", "fp32"] = setting("fp16", "number format of what is written", group="run")
+    dtype: Literal["fp32", "bf16", "fp16"] = setting("fp16", "number format of what is written", group="run")
     verbose: bool = setting(False, "say of each module what is kept", group="run")
 
 

@@ -83,7 +83,9 @@ def row(settings: CompareSettings, spec: str, family_of: Callable[[str], str]) -
     values["output"] = settings.output.resolve() / name
     resolved = resolve(kind.Settings, values, None, family_of)
     title = f"{kind.title} ({wiring.replace(',', ', ')})" if wiring else kind.title if word == method else f"{kind.title} ({word})"
-    return Row(name, method, title, kind(resolved).subject, values, resolved)
+    trained = kind(resolved)
+    trained.check()
+    return Row(name, method, title, trained.subject, values, resolved)
 
 
 def shared(settings: CompareSettings, fields: dict[str, Any]) -> dict[str, Any]:

@@ -109,6 +109,14 @@ class Method(ABC):
         """Prompts to draw from for a picture without a caption; {} stands for the subject phrase."""
         return [self.settings.instance_prompt or "a photo of a {}"]
 
+    def check(self) -> None:
+        """Look at the settings alone, before anything is read, rendered or written.
+
+        Raises:
+            Problem: they cannot work.
+        """
+        _ = self.subject  # refuses a missing class noun
+
     def facts(self) -> list[tuple[str, str]]:
         """Label and text of what is worth saying of this method's settings before the first step."""
         return []

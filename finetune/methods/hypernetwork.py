@@ -165,6 +165,10 @@ class Hypernetwork(Method):
                           "The MLP's output is added to its input.", "Use 1,2,1 or 1,1.5,1.5,1.")
         return [int(size) if size == int(size) else size for size in sizes]
 
+    def check(self) -> None:
+        super().check()
+        _ = self.roles, self.structure  # refuse what is no wiring and no structure
+
     def facts(self) -> list[tuple[str, str]]:
         places = "cross-attention" if self.settings.scope == "cross" else "all attention"
         return [("networks", f"{' and '.join(self.roles)} of {places}, structure {self.settings.layer_structure}, {self.settings.activation}")]

@@ -80,7 +80,8 @@ class TextualInversion(Method):
         return [("new word", f"{self.placeholder}, {self.settings.vectors} vector{'s' * (self.settings.vectors > 1)}, "
                              f"starting from “{self.settings.initializer or self.noun}”")]
 
-    def attach(self, base: Base) -> list[Group]:
+    def check(self) -> None:
+        super().check()
         if self.settings.prior != "none":
             raise Problem(f"--prior {self.settings.prior} is of no use to Textual Inversion.",
                           "It changes no picture whose prompt lacks its word, so there is nothing to preserve.", "Leave --prior out.")
@@ -89,6 +90,8 @@ class TextualInversion(Method):
         if self.placeholder not in self.subject:
             raise Problem(f"The subject phrase {self.subject!r} does not contain the placeholder {self.placeholder!r}.",
                           "Nothing would be learned.", f"Use --subject {self.placeholder!r} or leave it out.")
+
+    def attach(self, base: Base) -> list[Group]:
         self._rows = add_tokens(base, self.placeholder, *(self._start(encoder, tokenizer) for _, encoder, tokenizer in base.encoders()))
         medians = [encoder.get_input_embeddings().weight.float().norm(dim=1).median() for _, encoder, _ in base.encoders()]
         self._limits = [float(median) * self.settings.norm_limit for median in medians]

@@ -53,7 +53,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     """
     console = console or Console()
     method = methods.get(settings.METHOD)(settings)
-    _ = method.subject  # refuses a missing class noun before anything is read
+    method.check()
     artifacts.check_targets(settings, method)
     _check_variant(settings)
     folder = _open_folder(settings)
