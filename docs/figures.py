@@ -30,7 +30,7 @@ def grid(folder: Path, report: dict) -> Image.Image:
     sheet = Image.new("RGB", (LEFT + len(rows) * (SIDE + 6), TOP + len(PROMPTS) * (SIDE + 6)), "white")
     pen = ImageDraw.Draw(sheet)
     for across, row in enumerate(rows):
-        title = row["title"].replace(" (", "\n(").replace("Textual ", "Textual\n").replace("Untouched ", "Untouched\n")
+        title = row["title"].replace(" (", "\n(").replace("Textual ", "Textual\n").replace("Untouched ", "Untouched\n").replace("The true ", "The true\n")
         pen.multiline_text((LEFT + across * (SIDE + 6) + 2, 4), title, fill="black", font=font)
     for down, number in enumerate(PROMPTS):
         words = report["suite"]["subject"][number].replace("{}", "…").replace("… ", "…\n")
