@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from reference import webui
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetune import methods
@@ -176,6 +176,26 @@ def test_several_loras_add_up_in_any_order(base: Base, again: Callable[[], Base]
         pieces = [(one[name][0].numpy(), one[name][1].numpy(), 3.0, 0.6, None), (two[name][0].numpy(), two[name][1].numpy(), 1.0, -0.4, None)]
         np.testing.assert_allclose(new, webui.lora(old, pieces), atol=2e-6)
         np.testing.assert_allclose(new, turned, atol=2e-6)
+
+
+@pytest.mark.parametrize("strength", [0, 0.5])
+def test_a_word_bundled_in_a_lora_is_learned_with_it(base: Base, tmp_path: Path, strength: float) -> None:
+    lora_file(tmp_path / "x.safetensors", base, 0)
+    rows = torch.randn(2, base.context_width, generator=torch.Generator().manual_seed(5))
+    save_file({**load_file(tmp_path / "x.safetensors"), "bundle_emb.my-dog.string_to_param.*": rows}, tmp_path / "x.safetensors")
+    methods.load_artifacts(base, [(tmp_path / "x.safetensors", strength)])
+    assert ("my-dog" in base.placeholders) == (strength != 0)
+    if strength:
+        table, ids = base.text_encoder.get_input_embeddings(), base.tokenizer.convert_tokens_to_ids(["my-dog", "my-dog_1"])
+        assert torch.equal(table(torch.tensor(ids)), rows)
+
+
+def test_a_bundled_word_of_another_width_is_refused(base: Base, tmp_path: Path) -> None:
+    lora_file(tmp_path / "x.safetensors", base, 0)
+    save_file({**load_file(tmp_path / "x.safetensors"), "bundle_emb.my-dog.clip_l": torch.ones(1, 8), "bundle_emb.my-dog.clip_g": torch.ones(1, 9)},
+              tmp_path / "x.safetensors")
+    with pytest.raises(Problem, match="holds the word 'my-dog' for another model"):
+        methods.load_artifacts(base, [(tmp_path / "x.safetensors", 1.0)])
 
 
 # -- hypernetworks -----------------------------------------------------------------------------------------------------

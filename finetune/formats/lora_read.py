@@ -32,7 +32,7 @@ class Adapters:
     Attributes:
         modules: canonical module name ("unet.down_blocks...") to adapter, tensors as stored.
         metadata: of the file; "finetune.ignored" names the words left out.
-        words: learned words bundled in: token -> (vectors, width). They are reported, not applied.
+        words: learned words bundled in: token -> (vectors, width); of SDXL's pair NAME.clip_l and NAME.clip_g.
     """
 
     modules: dict[str, Adapter]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.errors import Problem
 from finetune.formats import header, lora_peft
@@ -26,7 +26,7 @@ from finetune.formats.lora_positions import places_of
 from finetune.methods.base import Group, Loaded, Method, Strength, bytes_per_number, export_dtype, files_of
 from finetune.model.base import Base
 from finetune.model.conditioning import Cond
-from finetune.model.text import encode, encode_cached
+from finetune.model.text import add_tokens, encode, encode_cached
 from finetune.runs import read_json
 from finetune.settings import TrainSettings, setting
 
@@ -212,9 +212,24 @@ class Lora(Method):
             except (KeyError, AttributeError, RuntimeError):
                 raise Problem(f"The LoRA {path} does not fit the model {base.name!r}.", f"Its module {name} is not there or has another width.",
                               "Load it on a base of the family it was trained from.") from None
+        if strength.on("text_encoder"):
+            _learn_words(base, path, adapters.words)
         base.states.clear()
         told = read_json(path / "artifact.json") if (path / "artifact.json").is_file() else {}
         return Loaded(cls.name, adapters.metadata.get("finetune.trigger") or told.get("trigger"), path, adapters.metadata)
+
+
+def _learn_words(base: Base, path: Path, words: Mapping[str, Tensor]) -> None:
+    """Words that were learned together with the LoRA and lie in its file; SDXL's have a row for each encoder, NAME.clip_l and NAME.clip_g."""
+    encoders = base.encoders()
+    for word in dict.fromkeys(token.removesuffix(".clip_l").removesuffix(".clip_g") for token in words):
+        rows = [words[word]] if word in words else [words[token] for token in (f"{word}.clip_l", f"{word}.clip_g") if token in words]
+        widths = [encoder.get_input_embeddings().embedding_dim for _, encoder, _ in encoders]
+        if [own.shape[-1] for own in rows] != widths:
+            raise Problem(f"The LoRA {path} holds the word {word!r} for another model than {base.name!r}.",
+                          f"Its rows are {', '.join(str(own.shape[-1]) for own in rows)} wide, the text encoders' {', '.join(map(str, widths))}.",
+                          "Load it on a base of the family it was trained from.")
+        add_tokens(base, word, *rows)
 
 
 def _first(module: Adapter, rank: int | None) -> Adapter:
