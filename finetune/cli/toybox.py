@@ -57,6 +57,7 @@ class Settings(BaseModel):
         group="variant", gt=0)
     pictures: int | None = setting(
         None, "for v-prediction: pictures of the world to train on [default: 6000]; the others never see one twice", group="variant", ge=512)
+    start: Path | None = setting(None, "for inpainting and depth: a delta.safetensors to go on from; give another --seed", group="variant")
     rank: int | None = setting(None, "for inpainting and depth: rank of the LoRA [default: 16]", group="variant", ge=1)
 
     seed: int = setting(0, "of pictures and training; evaluate has its own, which do not change", group="run", ge=0)
@@ -89,8 +90,9 @@ def refuse_foreign_flags(settings: Settings) -> None:
     if settings.action == "variant" and settings.kind is None:
         raise Problem("`toybox variant` needs to know which variant.", "There are v-prediction, inpainting and depth.",
                       "finetune toybox variant inpainting")
-    wrong = {"v-prediction": "rank"}.get(settings.kind or "", "pictures")
-    if settings.action == "variant" and getattr(settings, wrong) is not None:
+    for wrong in ("rank", "start") if settings.kind == "v-prediction" else ("pictures",):
+        if settings.action != "variant" or getattr(settings, wrong) is None:
+            continue
         raise Problem(f"--{wrong} says nothing to `toybox variant {settings.kind}`.", "The help says which variant it belongs to.", "Leave it out.")
 
 
@@ -236,7 +238,8 @@ def variant(settings: Settings, console: Console) -> None:
     from finetune.cli import quiet
 
     quiet.libraries()
-    flags = {"steps": settings.steps, "rate": settings.learning_rate, "pictures": settings.pictures, "rank": settings.rank}
+    flags = {"steps": settings.steps, "rate": settings.learning_rate, "pictures": settings.pictures, "rank": settings.rank,
+             "start": settings.start}
     given = {name: value for name, value in flags.items() if value is not None}
     if settings.kind == "v-prediction":
         from finetune.toybox.variant import v_prediction

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -84,9 +85,9 @@ class Widened(Method):
     paper = "Rombach et al. 2022, arXiv 2112.10752"
     Settings = Settings
 
-    def __init__(self, settings: TrainSettings, variant: str):
+    def __init__(self, settings: TrainSettings, variant: str, start: Path | None = None):
         super().__init__(settings)
-        self.variant = variant
+        self.variant, self.start = variant, start
         self.channels: Tensor | None = None  # of the rows at hand, (B, C, h, w); the source sets it with each micro-batch
 
     def attach(self, base: Base) -> list[Group]:
@@ -96,9 +97,19 @@ class Widened(Method):
         for name, module in modules.items():
             parametrize.register_parametrization(module, "weight", self.pairs[name])
         first, pairs = base.unet.conv_in, self.pairs.items()
+        if self.start is not None:
+            self._take_up(first, load_file(self.start))
         self.old = first.weight[:, :4].detach().clone()
         return [Group({"conv_in.weight": first.weight}, rate=CONV_RATE),
                 Group({f"{name}.{part}": getattr(pair, part) for name, pair in pairs for part in ("down", "up")})]
+
+    @torch.no_grad()
+    def _take_up(self, first: nn.Conv2d, tensors: dict[str, Tensor]) -> None:
+        """Begin with what an earlier training left."""
+        first.weight.copy_(tensors["conv_in.weight"])
+        for name, pair in self.pairs.items():
+            pair.down.copy_(tensors[f"{name}.down"])
+            pair.up.copy_(tensors[f"{name}.up"])
 
     @torch.no_grad()
     def after_step(self, base: Base) -> None:
@@ -196,7 +207,7 @@ def pictures_of(shots: list[Shot]) -> Tensor:
 
 
 def widened(model: str, variant: str, output: Path, *, steps: int = 500, rate: float = 7e-4, rank: int = 16, seed: int = 0,
-            console: Console | None = None) -> Path:
+            start: Path | None = None, console: Console | None = None) -> Path:
     """Write `output`: a whole diffusers folder of the variant, and in it delta.safetensors, which is all that differs.
 
     Args:
@@ -208,9 +219,10 @@ def widened(model: str, variant: str, output: Path, *, steps: int = 500, rate: f
         rate, rank: of the LoRA; the peak of a rate that rises for 25 steps and falls to zero. The convolution's is
             CONV_RATE times as large.
         seed: of pictures, masks, noises and timesteps.
+        start: a delta to go on from, of the same variant, base and rank; give another seed, or its pictures come again.
 
     Raises:
-        Problem: another family, a base that predicts v, or `output` is in use.
+        Problem: another family, a base that predicts v, a start that does not fit, or `output` is in use.
     """
     console, output, source = console or Console(), Path(output), toybox_folder(model)
     free(output)
@@ -218,16 +230,34 @@ def widened(model: str, variant: str, output: Path, *, steps: int = 500, rate: f
     if base.prediction != "epsilon" or base.unet.config.in_channels != 4:
         raise Problem(f"The model {model!r} is a variant already.", "The delta is trained on a plain base that predicts the noise.", "Leave --model out.")
     work, started = output.with_name(output.name + ".work"), time.perf_counter()
-    noted = {"variant": variant, "base": base.hash, "steps": steps, "rate": rate, "rank": rank, "seed": seed}
-    same_training(work, noted, console)
+    before = begun(start, variant, base.hash, rank)
+    same_training(work, {"variant": variant, "base": base.hash, "steps": steps, "rate": rate, "rank": rank, "seed": seed,
+                         "start": None if start is None else runs.sha256(start)}, console)
     settings = Settings(model=model, steps=steps, learning_rate=rate, warmup=min(25, steps), rank=rank, seed=seed, resolution=64)
-    method = Widened(settings, variant)
+    method = Widened(settings, variant, start)
     measured = train(base, method, settings, work, console)
     command = f"finetune toybox variant {variant} --steps {steps} --learning-rate {rate:g} --rank {rank} --seed {seed}"
-    finish(base, method, work, {"steps": str(steps), "rank": str(rank), "command": command})
+    if before:
+        command = f"{before['command']}, then {command} --start delta.safetensors"
+    finish(base, method, work, {"steps": str(steps + int(before.get("steps", 0))), "rank": str(rank), "command": command})
     write_folder(work, output, command, {"base": base.hash, "seed": seed}, measured, time.perf_counter() - started, source, variant)
     console.print(f"{steps} steps; loss on fixed pictures {measured['validation loss before']:.4f} -> {measured['validation loss']:.4f}", soft_wrap=True)
     return output
+
+
+def begun(start: Path | None, variant: str, base_hash: str, rank: int) -> dict[str, str]:
+    """What the delta to go on from says of itself; nothing where there is none.
+
+    Raises:
+        Problem: it is of another variant, base or rank.
+    """
+    if start is None:
+        return {}
+    found = delta.facts(start)
+    if (found["variant"], found["base"], found.get("rank")) != (variant, base_hash, str(rank)):
+        raise Problem(f"The training cannot go on from {start}.", f"That is a {found['variant']} delta of rank {found.get('rank')} on the weights {found['base']}, "
+                      f"and asked for is {variant} of rank {rank} on {base_hash}.", "Give the same variant, --model and --rank.")
+    return found
 
 
 def train(base: Base, method: Widened, settings: Settings, work: Path, console: Console, log_every: int = 50, save_every: int = 100) -> dict[str, float]:
