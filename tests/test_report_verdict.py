@@ -11,6 +11,7 @@ from finetune.report.advice import learned
 from finetune.report.headline import headline
 from finetune.report.ranking import gap_words
 from finetune.report.read import COSTS, Column, Comparison, Pair, Row, Score
+from finetune.report.snippets import loadings
 from finetune.report.tables import best
 from finetune.report.verdict import verdict
 
@@ -220,3 +221,15 @@ def test_where_the_truth_is_known_it_decides_and_the_training_pictures_come_seco
     assert not any(title.startswith("By what the world knows") for title in found)
     case.columns.remove(truth)
     assert case.fidelity == "dino" and headline(case).rows == ("dreambooth",)
+
+
+def test_lines_to_copy_for_sdxl_name_its_pipeline_and_both_encoders():
+    case = comparison({"textual-inversion": {"dino": .6}, "lora": {"dino": .7}})
+    case.info.update(family="sdxl", model="sdxl.safetensors")
+    for row, files in zip(case.rows, (("learned_embeds.safetensors", "learned_embeds_2.safetensors", "my-dog.safetensors"),
+                                      ("pytorch_lora_weights.safetensors", "sks-dog.safetensors")), strict=True):
+        row.method, row.manifest["artifact"] = row.row, {"trigger": "<my-dog>", "files": [{"file": name} for name in files]}
+    words, lora = (dict(one.snippets)["Python"] for one in loadings(case))
+    assert lora.startswith('from diffusers import StableDiffusionXLPipeline\npipe = StableDiffusionXLPipeline.from_single_file("sdxl.safetensors")\n')
+    assert 'learned_embeds.safetensors", token="<my-dog>", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)' in words
+    assert 'learned_embeds_2.safetensors", token="<my-dog>", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)' in words

@@ -40,7 +40,8 @@ def _loading(comparison: Comparison, row: Row) -> Loading:
 
 def _dreambooth(comparison: Comparison, row: Row, place: str, prompt: str) -> tuple[str, list[tuple[str, str]]]:
     single = _file(row, ".safetensors", without=("/",))
-    code = f'from diffusers import StableDiffusionPipeline\npipe = StableDiffusionPipeline.from_pretrained("{place}")\n' + _render(prompt)
+    kind = _pipeline(comparison)
+    code = f'from diffusers import {kind}\npipe = {kind}.from_pretrained("{place}")\n' + _render(prompt)
     programs = [("diffusers", "the folder is a complete pipeline")]
     if single:
         return code, [*programs, ("ComfyUI", f"`{single}` in models/checkpoints"),
@@ -52,7 +53,12 @@ def _dreambooth(comparison: Comparison, row: Row, place: str, prompt: str) -> tu
 def _embedding(comparison: Comparison, row: Row, place: str, prompt: str) -> tuple[str, list[tuple[str, str]]]:
     trigger = dig(row.manifest, "artifact.trigger") or row.subject
     file = _file(row, ".safetensors", prefer="learned_embeds") or "learned_embeds.safetensors"
-    code = _base(comparison) + f'pipe.load_textual_inversion("{place}/{file}", token="{trigger}")\n' + _render(prompt)
+    second = _file(row, ".safetensors", prefer="learned_embeds_2")
+    load = f'pipe.load_textual_inversion("{place}/{file}", token="{trigger}")\n'
+    if second:  # SDXL: a row for each of its text encoders
+        load = "".join(f'pipe.load_textual_inversion("{place}/{one}", token="{trigger}", text_encoder=pipe.text_encoder{end}, tokenizer=pipe.tokenizer{end})\n'
+                       for one, end in (("learned_embeds.safetensors", ""), (second, "_2")))
+    code = _base(comparison) + load + _render(prompt)
     stem = (_file(row, ".safetensors", without=("learned_embeds",)) or _file(row, ".pt") or str(trigger)).rsplit(".", 1)[0]
     return code, [("diffusers", f"`{file}`"), ("AUTOMATIC1111, Forge", f"`{stem}.pt` in embeddings/; its name is the word: {stem}"),
                   ("ComfyUI", f"`{stem}.safetensors` in models/embeddings; write embedding:{stem}")]
@@ -97,11 +103,17 @@ _BY_METHOD = {"dreambooth": _dreambooth, "textual-inversion": _embedding, "lora"
 def _base(comparison: Comparison) -> str:
     """The lines that load the untouched base with diffusers."""
     name = comparison.info.get("model", "toybox")
-    start = "from diffusers import StableDiffusionPipeline\n"
+    kind = _pipeline(comparison)
+    start = f"from diffusers import {kind}\n"
     if name == "toybox":
-        return start + "from finetune.model.families import TOYBOX\npipe = StableDiffusionPipeline.from_pretrained(TOYBOX)\n"
+        return start + f"from finetune.model.families import TOYBOX\npipe = {kind}.from_pretrained(TOYBOX)\n"
     loader = "from_single_file" if str(name).endswith((".safetensors", ".ckpt")) else "from_pretrained"
-    return start + f'pipe = StableDiffusionPipeline.{loader}("{name}")\n'
+    return start + f'pipe = {kind}.{loader}("{name}")\n'
+
+
+def _pipeline(comparison: Comparison) -> str:
+    """diffusers' class for the base's family."""
+    return "StableDiffusionXLPipeline" if comparison.info.get("family") == "sdxl" else "StableDiffusionPipeline"
 
 
 def _render(prompt: str) -> str:
