@@ -79,9 +79,10 @@ def read_json(path: Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
+def sha256(path: Path, start: int = 0) -> str:
+    """Hex SHA-256 of a file from a byte on."""
     with open(path, "rb") as handle:
+        handle.seek(start)
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 

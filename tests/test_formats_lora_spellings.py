@@ -186,6 +186,14 @@ def test_words_bundled_in_a_file_are_reported(tmp_path):
     file = {f"{KEY}.lora_down.weight": numbers(2, 6), f"{KEY}.lora_up.weight": numbers(8, 2), "bundle_emb.my-dog.string_to_param.*": numbers(3, 6)}
     found = read(tmp_path, file)
     assert list(found.words) == ["my-dog"] and torch.equal(found.words["my-dog"], file["bundle_emb.my-dog.string_to_param.*"])
+    assert [len(rows) for rows in found.rows().values()] == [1]
+
+
+def test_sdxls_bundled_word_has_rows_in_the_order_of_the_encoders(tmp_path):
+    second, first = numbers(2, 9), numbers(2, 6)
+    file = {f"{KEY}.lora_down.weight": numbers(2, 6), f"{KEY}.lora_up.weight": numbers(8, 2), "bundle_emb.my-dog.clip_g": second, "bundle_emb.my-dog.clip_l": first}
+    rows = read(tmp_path, file).rows()
+    assert list(rows) == ["my-dog"] and torch.equal(rows["my-dog"][0], first) and torch.equal(rows["my-dog"][1], second)
 
 
 def diffusers_old(path, modules):

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.cli import named
 from finetune.errors import Problem
 
-KINDS = {"lora": "lora", "hypernetwork": "hypernet", "textual-inversion": "embedding"}  # method -> kind in prompts and hashes
+KINDS = {method: kind for kind, method in named.METHOD.items()}  # method -> kind in prompts and hashes
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,6 @@ def _number(text: str) -> float | None:
 
 def _by_name(name: str, folder: Path) -> Path:
     """The artifact of that name of whatever kind; of several kinds the first."""
-    from finetune.cli import named
-
     first: Problem | None = None
     for kind in KINDS.values():
         try:
@@ -113,7 +112,6 @@ def of_prompt(prompt: str, folder: Path | None) -> tuple[str, list[Artifact], li
     Raises:
         Problem: a tag without --artifacts-dir, or of nothing that is there.
     """
-    from finetune.cli import named
     from finetune.model import tags
 
     text, found = tags.find(prompt)
@@ -134,8 +132,6 @@ def of_prompt(prompt: str, folder: Path | None) -> tuple[str, list[Artifact], li
 
 def stems(text: str, folder: Path, known: set[Path]) -> list[Artifact]:
     """Embeddings that the text calls by their file's stem, which is what web UIs do, where that is not their own word."""
-    from finetune.cli import named
-
     found: dict[Path, Artifact] = {}
     for stem in sorted({path.stem for suffix in named.SUFFIXES for path in folder.rglob(f"*{suffix}")}):
         if re.search(alone(stem), text):
@@ -178,8 +174,6 @@ def load(model: str, device: str, precision: str, artifacts: tuple[Artifact, ...
 
 def facts(artifact: Artifact, loaded: Any) -> dict[str, Any]:
     """What a picture says of an artifact: enough to find it again and to know that it is the same."""
-    from finetune.cli import named
-
     path, kind = loaded.path, KINDS.get(loaded.method, loaded.method)
     name = artifact.path.parent.name if artifact.path.name == "artifact" else artifact.path.stem
     return {"path": str(path), "name": path.stem if path.is_file() else name, "kind": kind, "strength": artifact.strength,

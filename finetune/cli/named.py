@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
 
+from finetune import runs
 from finetune.errors import Problem
 
 METHOD = {"lora": "lora", "hypernet": "hypernetwork", "embedding": "textual-inversion"}  # kind in prompts -> method
@@ -89,19 +90,13 @@ def hashes(path: Path, kind: str = "") -> str:
     if path.is_dir():
         digest = hashlib.sha256()
         for file in sorted(path.rglob("*.safetensors")):
-            digest.update(bytes.fromhex(_sha256(file)))
+            digest.update(bytes.fromhex(runs.sha256(file)))
         return digest.hexdigest()[:10]
     if kind == "lora" and path.suffix == ".safetensors":
         with open(path, "rb") as handle:
             start = 8 + int.from_bytes(handle.read(8), "little")
-        return _sha256(path, start)[:12]
-    return _sha256(path)[:12 if kind in ("lora", "embedding") else 10]
-
-
-def _sha256(path: Path, start: int = 0) -> str:
-    with open(path, "rb") as handle:
-        handle.seek(start)
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        return runs.sha256(path, start)[:12]
+    return runs.sha256(path)[:12 if kind in ("lora", "embedding") else 10]
 
 
 def _check_name(name: str) -> None:

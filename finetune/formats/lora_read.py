@@ -39,6 +39,13 @@ class Adapters:
     metadata: dict[str, str]
     words: dict[str, Tensor] = field(default_factory=dict)
 
+    def rows(self) -> dict[str, list[Tensor]]:
+        """The bundled words with their rows for each text encoder: one table, or SDXL's two in the order of its encoders."""
+        found: dict[str, list[Tensor]] = {}
+        for token in sorted(self.words, key=lambda token: token.endswith(".clip_g")):
+            found.setdefault(token.removesuffix(".clip_l").removesuffix(".clip_g"), []).append(self.words[token])
+        return found
+
     @property
     def kinds(self) -> list[str]:
         """The kinds of adapters, sorted."""

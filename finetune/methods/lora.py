@@ -213,18 +213,16 @@ class Lora(Method):
                 raise Problem(f"The LoRA {path} does not fit the model {base.name!r}.", f"Its module {name} is not there or has another width.",
                               "Load it on a base of the family it was trained from.") from None
         if strength.on("text_encoder"):
-            _learn_words(base, path, adapters.words)
+            _learn_words(base, path, adapters.rows())
         base.states.clear()
         told = read_json(path / "artifact.json") if (path / "artifact.json").is_file() else {}
         return Loaded(cls.name, adapters.metadata.get("finetune.trigger") or told.get("trigger"), path, adapters.metadata)
 
 
-def _learn_words(base: Base, path: Path, words: Mapping[str, Tensor]) -> None:
-    """Words that were learned together with the LoRA and lie in its file; SDXL's have a row for each encoder, NAME.clip_l and NAME.clip_g."""
-    encoders = base.encoders()
-    for word in dict.fromkeys(token.removesuffix(".clip_l").removesuffix(".clip_g") for token in words):
-        rows = [words[word]] if word in words else [words[token] for token in (f"{word}.clip_l", f"{word}.clip_g") if token in words]
-        widths = [encoder.get_input_embeddings().embedding_dim for _, encoder, _ in encoders]
+def _learn_words(base: Base, path: Path, words: Mapping[str, list[Tensor]]) -> None:
+    """Words that were learned together with the LoRA and lie in its file, with rows for each text encoder."""
+    widths = [encoder.get_input_embeddings().embedding_dim for _, encoder, _ in base.encoders()]
+    for word, rows in words.items():
         if [own.shape[-1] for own in rows] != widths:
             raise Problem(f"The LoRA {path} holds the word {word!r} for another model than {base.name!r}.",
                           f"Its rows are {', '.join(str(own.shape[-1]) for own in rows)} wide, the text encoders' {', '.join(map(str, widths))}.",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from finetune.data.prompts import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from finetune.errors import Problem
 from finetune.formats import embedding, header
+from finetune.formats.embedding_keys import holds_embedding
 from finetune.methods.base import Group, Loaded, Method, files_of
 from finetune.model.base import Base
 from finetune.model.conditioning import Cond
@@ -145,9 +146,7 @@ class TextualInversion(Method):
         for file in files:
             if file.suffix == ".safetensors":
                 found = header.read_header(file)
-                tensors, plain = found.tensors, "finetune.format" not in found.metadata  # a lone tensor of no other method's file
-                if tensors.keys() & {"emb_params", "emp_params"} or tensors.keys() == {"clip_l", "clip_g"} \
-                        or plain and len(tensors) == 1 and len(next(iter(tensors.values())).shape) <= 2:
+                if holds_embedding({name: info.shape for name, info in found.tensors.items()}, found.metadata):
                     return file
         return next((file for file in files if file.suffix in (".pt", ".bin") and _holds_embedding(file)), None)
 
