@@ -15,10 +15,11 @@ FLOORS = {
     "errors": 0,
     "settings": 1, "draws": 1, "diffusion": 1, "runs": 1, "formats": 1,
     "model": 2, "data": 2,
-    "methods": 3,
-    "training": 4, "evaluation": 4,
-    "report": 5, "toybox": 5,
-    "cli": 6, "__main__": 7,
+    "methods": 3, "engine": 3,
+    "plan": 4,
+    "training": 5, "evaluation": 5,
+    "report": 6, "toybox": 6,
+    "cli": 7, "__main__": 8,
 }
 ALSO = {("formats", "runs")}  # same floor: files are written by the one function that writes them safely
 LONGEST_FILE, LONGEST_FUNCTION = 400, 70

@@ -21,7 +21,7 @@ from finetune.settings.fields import Setting
 FLAG_COLUMN = 29
 # What is particular to the verb first, what all share last.
 ORDER = ("arguments", "what", "methods", "method", "stages", "pictures", "prompts", "training", "prior", "sampling",
-         "evaluation", "run", "model")
+         "evaluation", "memory", "speed", "run", "model")
 METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 COMMON = [
     ("--recipe FILE.toml", "settings from a file or a packaged recipe; flags win over it"),

@@ -68,7 +68,27 @@ class TrainSettings(RunSettings):
     beta2: float = setting(0.999, "AdamW: memory of the gradient square", ge=0, lt=1)
     clip_norm: float = setting(1.0, "largest norm of the whole gradient; 0 is off", ge=0)
     snr_gamma: float = setting(0.0, "min-SNR weighting of rows; 5 is usual, 0 is off", ge=0)
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third more time")
+
+    memory: Literal["auto", "fast", "low", "lowest"] = setting(
+        "auto", "how much speed to give for memory; changes only what was not given; auto: the fastest that fits", group="memory")
+    memory_limit: str | None = setting(None, "what auto must fit in, such as 8GB [default: nine tenths of what is free]", group="memory")
+    frozen: Literal["auto", "fp32", "bf16", "8bit", "4bit"] = setting(
+        "auto", "number format of the UNet's frozen weights; 8bit and 4bit: linear layers by bitsandbytes [auto: that of --precision]", group="memory")
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, a third more time", group="memory")
+    step_in_backward: bool = setting(
+        False, "optimizer step inside the backward pass, each gradient freed at once; needs --clip-norm 0 and --accumulate 1", group="memory")
+    rest: bool = setting(True, "text encoder and VAE leave memory once what is needed of them is computed", group="memory")
+    latent_cache: Literal["memory", "disk"] = setting(
+        "memory", "where encoded pictures are kept: for this run, or on disk for later runs too", group="memory")
+    keep_pages: bool = setting(True, "freed memory stays with the process, so that each step need not ask for it again (Linux)", group="speed")
+    lean: bool = setting(True, "adapters as two plain products, without their wrapper's checks; the same numbers", group="speed")
+    pack: Literal["auto", "on", "off"] = setting(
+        "auto", "frozen layers in oneDNN's own layout, on a CPU [auto: where it was measured to be faster]", group="speed")
+    attention: Literal["auto", "sdpa", "chunked"] = setting(
+        "auto", "torch's attention, or our own in chunks of queries for bf16 on a CPU [auto: the faster one]", group="speed")
+    channels_last: bool = setting(False, "pictures' channels innermost in memory", group="speed")
+    compile: bool = setting(False, "torch.compile of the UNet: minutes before the first step", group="speed")
 
     stop: Literal["steps", "dvar"] = setting(
         "steps", "end after --steps, or earlier when the loss on the fixed set has settled (dvar)", group="selection")
@@ -103,11 +123,15 @@ class TrainSettings(RunSettings):
         None, "upload the artifact with a model card to this hub repository (OWNER/NAME); nothing is uploaded without it", group="run")
 
     @model_validator(mode="after")
-    def _selection_is_possible(self) -> TrainSettings:
-        """What stopping and keeping need is there: said wherever the settings come together, long before training."""
+    def _possible(self) -> TrainSettings:
+        """What settings need of one another is there: said wherever they come together, long before training."""
         if self.keep == "best" and not self.export_every:
             raise Problem("--keep best needs --export-every.", "Without artifacts from along the way there is only the last one to keep.",
                           "Add --export-every 50, for example.")
+        if self.step_in_backward and (self.clip_norm or self.accumulate > 1 or self.precision == "fp16"):
+            raise Problem("--step-in-backward needs --clip-norm 0, --accumulate 1 and no fp16.",
+                          "A tensor is changed before the gradients of the others are known, so nothing can be done to all of them together.",
+                          "Add --clip-norm 0 --accumulate 1, or leave --step-in-backward out.")
         if self.stop == "dvar" and not self.validate_every:
             raise Problem("--stop dvar needs --validate-every.", "It watches the loss on the fixed set, and --validate-every 0 switches that off.",
                           "Leave --validate-every out, or give the steps between two looks.")

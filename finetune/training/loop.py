@@ -15,9 +15,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune import diffusion, draws
+from finetune import diffusion, draws, engine
 from finetune.errors import Problem
-from finetune.methods.base import Group, Method
+from finetune.methods.base import Method
 from finetune.model.base import Base
 
 
@@ -52,8 +52,10 @@ class Progress:
 
 
 def prepare(base: Base, method: Method, settings: Any, accelerator: Accelerator) -> State:
-    """Attach, freeze everything, thaw what the method named, build optimizer and schedule."""
+    """Attach, freeze everything, thaw what the method named, build the optimizer."""
     base.freeze()
+    if not method.replaces:
+        engine.store(base.unet, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draws.key(settings.seed, "init"))
         groups = method.attach(base)
@@ -63,24 +65,10 @@ def prepare(base: Base, method: Method, settings: Any, accelerator: Accelerator)
         value.requires_grad_(True)
     if settings.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
-    optimizer = make_optimizer(groups, settings)
+    optimizer = engine.make_optimizer(groups, settings)
     if accelerator.scaler is not None:  # fp16: accelerate's wrapper unscales and skips overflowing steps
         optimizer = accelerator.prepare_optimizer(optimizer)
     return State(0, parameters, optimizer, method.extra_state())
-
-
-def make_optimizer(groups: list[Group], settings: Any) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), torch's fused one or bitsandbytes' with 8-bit state (Dettmers et al. 2022)."""
-    listed = [{"params": list(group.parameters.values()), "lr": settings.learning_rate * group.rate, "peak": settings.learning_rate * group.rate,
-               "weight_decay": settings.weight_decay if group.weight_decay is None else group.weight_decay} for group in groups]
-    betas = (settings.beta1, settings.beta2)
-    if settings.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise Problem("--optimizer adamw8bit needs the package bitsandbytes.", "It is not installed.", "pip install 'finetune[memory]'") from None
-        return AdamW8bit(listed, betas=betas)
-    return torch.optim.AdamW(listed, betas=betas, fused=True)
 
 
 def learning_rate_share(step: int, settings: Any) -> float:
@@ -107,6 +95,7 @@ def fit(base: Base, method: Method, source: Source, settings: Any, accelerator: 
     while state.step < settings.steps:
         started, busy = time.perf_counter(), time.process_time()
         _training_mode(base, method)
+        rate = _set_learning_rate(state, settings)
         total = torch.zeros((), device=base.device)
         for micro in range(settings.accumulate):
             batch = source.batch(state.step, micro, rank, world)
@@ -118,9 +107,8 @@ def fit(base: Base, method: Method, source: Source, settings: Any, accelerator: 
             accelerator.backward(loss / settings.accumulate)
             total += loss.detach() / settings.accumulate
         norm = _reduce_and_clip(state, settings, accelerator)
-        if norm is not None and accelerator.scaler is None and not torch.isfinite(norm):
+        if (norm is not None and accelerator.scaler is None and not torch.isfinite(norm)) or getattr(state.optimizer, "bad", False):
             raise not_finite("gradient", state.step, batch)
-        rate = _set_learning_rate(state, settings)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         method.after_step(base)

@@ -1,0 +1,101 @@
+"""AdamW in three forms: torch's fused one, bitsandbytes' with 8-bit state, and one that steps inside the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.errors import Problem
+from finetune.settings import TrainSettings
+
+
+def make_optimizer(groups: Iterable[Any], settings: TrainSettings) -> Any:
+    """The optimizer of a run: AdamW (Loshchilov & Hutter 2019) over the method's groups, with `peak` beside each group's rate.
+
+    Raises:
+        Problem: 8-bit state was asked for and bitsandbytes is not installed.
+    """
+    listed = [{"params": list(group.parameters.values()), "lr": settings.learning_rate * group.rate, "peak": settings.learning_rate * group.rate,
+               "weight_decay": settings.weight_decay if group.weight_decay is None else group.weight_decay} for group in groups]
+    betas = (settings.beta1, settings.beta2)
+    if settings.optimizer == "adamw8bit":
+        make = _eight_bit()
+        return InBackward(listed, make, betas=betas) if settings.step_in_backward else make(listed, betas=betas)
+    if settings.step_in_backward:
+        return InBackward(listed, torch.optim.AdamW, betas=betas, fused=True)
+    return torch.optim.AdamW(listed, betas=betas, fused=True)
+
+
+def _eight_bit() -> Any:
+    """bitsandbytes' AdamW with block-wise 8-bit state (Dettmers et al. 2022)."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise Problem("--optimizer adamw8bit needs the package bitsandbytes.", "It is not installed.", "pip install 'finetune[memory]'") from None
+    return AdamW8bit
+
+
+class InBackward:
+    """Each tensor is stepped as soon as its gradient is there, and the gradient is freed: never more than one is held.
+
+    The same steps as afterwards, to the bit; only a norm over all gradients cannot be had any more (Lv et al. 2023,
+    2306.09782, train this way with SGD). One small optimizer for each tensor writes into one common state, so that state_dict
+    and load_state_dict are those of the plain optimizer and a checkpoint of either continues as the other.
+
+    Args:
+        groups: as any torch optimizer takes them. make: class of the optimizer. more: its other arguments.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], make: Any, **more: Any):
+        self._whole = make(groups, **more)
+        self._own: dict[Tensor, Any] = {}
+        self.bad = False
+        for group in self._whole.param_groups:
+            rest = {key: value for key, value in group.items() if key != "params"}
+            for value in group["params"]:
+                self._own[value] = make([{**rest, "params": [value]}], **more)
+                value.register_post_accumulate_grad_hook(self._hook(group))
+        self._share()
+
+    def _share(self) -> None:
+        for own in self._own.values():
+            own.state = self._whole.state
+
+    def _hook(self, group: dict[str, Any]) -> Any:
+        def hook(value: Tensor) -> None:
+            if torch.isfinite(value.grad).all():
+                own = self._own[value]
+                own.param_groups[0]["lr"] = group["lr"]
+                own.step()
+            else:
+                self.bad = True  # the loop stops the run; this tensor is as it was
+            value.grad = None
+
+        return hook
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the whole; a rate set here counts for the next backward pass."""
+        return self._whole.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self._whole.state
+
+    def step(self) -> None:
+        """Nothing is left to do after the backward pass."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Every gradient is gone already."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of the plain optimizer."""
+        return self._whole.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As of the plain optimizer."""
+        self._whole.load_state_dict(state)
+        self._share()
