@@ -91,7 +91,7 @@ def columns(width: int) -> Table:
 def groups(settings: list[Setting]) -> list[str]:
     """The groups that occur, in reading order."""
     found = list(dict.fromkeys(one.group for one in settings))
-    return sorted(found, key=lambda group: ORDER.index(group) if group in ORDER else len(ORDER) - 3)
+    return sorted(found, key=lambda group: ORDER.index(group) if group in ORDER else ORDER.index("evaluation"))
 
 
 def placed(found: Setting) -> str:

@@ -5,14 +5,19 @@ Shapes: B batch, C latent channels, h and w latent height and width.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune import draws
+from finetune import draws, runs
 from finetune.data.picture import Picture, cut, fit, shrink
 from finetune.data.rows import Row
 from finetune.settings import TrainSettings
@@ -22,6 +27,13 @@ def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture to float32 (3, H, W) in [-1, 1], the range of the Stable Diffusion VAE."""
     values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
     return (values / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def cache_folder(root: Path, settings: TrainSettings, weights: str) -> Path | None:
+    """Where posteriors of these weights at this resolution are kept with --latent-cache disk; None otherwise."""
+    if settings.latent_cache != "disk" or settings.crop == "random":
+        return None
+    return Path(root) / hashlib.sha256(f"{weights} {settings.resolution} {settings.crop}".encode()).hexdigest()[:16]
 
 
 class Latents:
@@ -37,11 +49,13 @@ class Latents:
         pictures: what `Row.picture` counts.
         settings: reads resolution and crop.
         device: where the results go.
+        cache: folder in which posteriors are kept for later runs, by the picture's content, or None for memory. Its name must
+            stand for the VAE's weights (see `cache_folder`).
     """
 
     def __init__(self, vae: torch.nn.Module, pictures: Sequence[Picture], settings: TrainSettings,
-                 device: str | torch.device = "cpu"):
-        self.vae, self.pictures, self.settings, self.device = vae, pictures, settings, torch.device(device)
+                 device: str | torch.device = "cpu", cache: Path | None = None):
+        self.vae, self.pictures, self.settings, self.device, self.cache = vae, pictures, settings, torch.device(device), cache
         self.scale = float(vae.config.scaling_factor)
         self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
         self._moments: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
@@ -66,10 +80,23 @@ class Latents:
         """Posterior mean and standard deviation (C, h, w) of a row's picture, from the cache where there is one."""
         if self.settings.crop == "random":
             return self._encode(row)
+        if self.cache:
+            return self._from_disk(row)
         key = (row.picture, row.flip)
         if key not in self._moments:
             self._moments[key] = self._encode(row)
         return self._moments[key]
+
+    def _from_disk(self, row: Row) -> tuple[Tensor, Tensor]:
+        """The same from a file, which is written when it is not there or cannot be read."""
+        file = self.cache / f"{self.pictures[row.picture].sha256}{'-flipped' * row.flip}.safetensors"
+        with contextlib.suppress(OSError, SafetensorError, KeyError):
+            found = load_file(file)
+            return found["mean"], found["std"]
+        mean, std = self._encode(row)
+        with runs.atomic_path(file) as temporary:
+            save_file({"mean": mean.contiguous(), "std": std.contiguous()}, temporary)
+        return mean, std
 
     @torch.no_grad()
     def _encode(self, row: Row) -> tuple[Tensor, Tensor]:

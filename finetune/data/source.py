@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -43,11 +44,42 @@ class Source:
     """Instance and class pictures as weighted rows of latents. Built by `source`."""
 
     def __init__(self, settings: TrainSettings, instance: Sequence[Picture], classes: Sequence[Picture],
-                 vae: torch.nn.Module, captions: Sequence[Sequence[str]], class_prompt: str, device: str | torch.device):
+                 vae: torch.nn.Module, captions: Sequence[Sequence[str]], class_prompt: str, device: str | torch.device,
+                 cache: Path | None = None):
         self.settings, self.device = settings, torch.device(device)
         self.pictures = {"instance": instance, "class": classes}
         self.rows = Rows(instance, classes, settings, captions, class_prompt)
-        self.latents = {kind: Latents(vae, pictures, settings, device) for kind, pictures in self.pictures.items()}
+        self.latents = {kind: Latents(vae, pictures, settings, device, cache) for kind, pictures in self.pictures.items()}
+
+    def captions(self) -> list[str]:
+        """Every prompt that a row may have."""
+        found = [caption for candidates in self.rows.captions for caption in candidates]
+        found += [self.rows.class_prompt] if self.pictures["class"] else []
+        return list(dict.fromkeys([*found, *([""] if self.settings.caption_dropout else [])]))
+
+    def fill(self, steps: int, world: int = 1, progress: Callable[[int, int], None] | None = None) -> bool:
+        """Encode every picture that rows of so many steps or the fixed set will ask for, so that the VAE is not needed any more.
+
+        Returns False where it will be: random crops are encoded anew for every row.
+        """
+        if self.settings.crop == "random":
+            return False
+        count = steps * self.settings.accumulate * self.settings.batch_size * world
+        wanted: dict[tuple[str, int, bool], Row] = {}
+        for kind, pictures in self.pictures.items():
+            most = len(wanted) + len(pictures) * (2 if self.settings.flip else 1)
+            for n in range(count if pictures else 0):
+                row = self.rows.row(kind, n)
+                wanted.setdefault((kind, row.picture, row.flip), row)
+                if len(wanted) == most:
+                    break
+        for picture in range(min(VALIDATION_ROWS, len(self.pictures["instance"]))):
+            wanted.setdefault(("instance", picture, False), Row(picture, False, (0.5, 0.5), "", 1.0, "instance", 0))
+        for done, row in enumerate(wanted.values(), 1):
+            self.latents[row.kind].moments(row)
+            if progress:
+                progress(done, len(wanted))
+        return True
 
     def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> MicroBatch:
         """The micro-batch of one process at one step; a pure function of its arguments and the settings."""
@@ -79,11 +111,12 @@ class Source:
 
 
 def source(settings: TrainSettings, intake: Intake, class_pictures: Sequence[Picture], vae: torch.nn.Module,
-           captions: Sequence[Sequence[str]], class_prompt: str = "", device: str | torch.device = "cpu") -> Source:
+           captions: Sequence[Sequence[str]], class_prompt: str = "", device: str | torch.device = "cpu", cache: Path | None = None) -> Source:
     """Join what the intake found, the class pictures and the VAE into what the loop reads.
 
     Args:
         class_pictures: empty for training without class images.
         captions: candidates per picture of the intake, see `finetune.data.caption_candidates`.
+        cache: folder for encoded pictures, see `finetune.data.latents.cache_folder`.
     """
-    return Source(settings, intake.pictures, class_pictures, vae, captions, class_prompt, device)
+    return Source(settings, intake.pictures, class_pictures, vae, captions, class_prompt, device, cache)

@@ -22,6 +22,11 @@ def format_of(settings: TrainSettings) -> str:
     return settings.precision if settings.frozen == "auto" else settings.frozen
 
 
+def weights_dtype(settings: TrainSettings) -> torch.dtype:
+    """What to read a frozen UNet's linear and convolution weights into; what becomes 8 or 4 bits comes from bf16."""
+    return torch.float32 if format_of(settings) == "fp32" else HALF.get(format_of(settings), torch.bfloat16)
+
+
 def store(unet: nn.Module, settings: TrainSettings) -> None:
     """Put a frozen UNet's linear and convolution weights into the format of the settings, before anything is attached to it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,21 @@ def of_file(path: Path | str) -> dict[str, Lazy]:
     header = read_header(path)
     handle = safe_open(str(path), "pt")
     return {name: Lazy(info.dtype, info.shape, lambda name=name: handle.get_tensor(name)) for name, info in header.tensors.items()}
+
+
+def each(path: Path | str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a safetensors file in the order they lie, each read into memory of its own.
+
+    The file is not mapped, so what was read counts for no longer than its tensor is held. Raises Problem for a file that lies.
+    """
+    header = read_header(path)
+    with open(path, "rb") as handle:
+        for name, info in sorted(header.tensors.items(), key=lambda entry: entry[1].start):
+            content = bytearray(info.end - info.start)
+            handle.seek(header.data_start + info.start)
+            if handle.readinto(content) != len(content):
+                raise Problem(f"{path} ends within the tensor {name}.", "It changed while it was read.", "Copy it again.")
+            yield name, torch.frombuffer(content, dtype=TORCH_DTYPES[info.dtype]).reshape(info.shape) if content else torch.empty(info.shape)
 
 
 def expected_bytes(entries: Mapping[str, Lazy], metadata: Mapping[str, str] | None) -> int:

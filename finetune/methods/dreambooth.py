@@ -94,7 +94,7 @@ class DreamBooth(Method):
 
     def export(self, base: Base, folder: Path, metadata: dict[str, str]) -> None:
         """A diffusers pipeline folder any tool of the field opens, plus finetune.json with the metadata."""
-        with self.exported():
+        with self.exported(), base.recalled():
             pipe = base.pipeline()
             parts = {name: copy.deepcopy(part).to(export_dtype(self.settings)) for name, part in base.modules().items()}
             pipe.register_modules(**parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from finetune import diffusion, runs
 from finetune.errors import Problem
 from finetune.model.conditioning import Cond
 from finetune.model.families import WEIGHTS, Location, locate
+from finetune.model.parts import load_part, load_parts
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Base:
         states: cache of text states per prompt, valid while the text encoders are frozen.
         placeholders: own tokens laid over the vocabulary: trigger -> list of tokens it expands to.
         text_encoder_2, tokenizer_2: SDXL's second pair, None elsewhere.
+        dtype: of the weights as they were loaded.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Base:
     placeholders: dict[str, list[str]] = field(default_factory=dict)
     text_encoder_2: Any = None
     tokenizer_2: Any = None
+    dtype: torch.dtype = torch.float32
 
     @property
     def known_as(self) -> str:
@@ -103,6 +106,40 @@ class Base:
             found["added_cond_kwargs"] = {"text_embeds": cond.pooled, "time_ids": ids.expand(len(noisy), -1)}
         return found
 
+    def free(self, *names: str) -> None:
+        """Let the weights of networks go whose work is done; shapes and configuration stay. Only frozen ones may go."""
+        for name in names:
+            network = self.modules()[name]
+            for module in network.modules():
+                for leaf, value in module._parameters.items():
+                    if value is not None:
+                        module._parameters[leaf] = torch.nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
+
+    def freed(self) -> list[str]:
+        """Names of the networks whose weights were let go."""
+        return [name for name, module in self.modules().items() if next(module.parameters()).is_meta]
+
+    def recall(self, *names: str) -> list[str]:
+        """Read the weights of networks again that were let go; returns which they were."""
+        wanted = [name for name in names if name in self.modules() and next(self.modules()[name].parameters()).is_meta]
+        for name in wanted:
+            live = dict(load_part(self.location, name, self.dtype).named_parameters())
+            for path, module in self.modules()[name].named_modules():
+                for leaf, value in module._parameters.items():
+                    if value is not None:
+                        there = live[f"{path}.{leaf}" if path else leaf].detach().to(self.device)
+                        module._parameters[leaf] = torch.nn.Parameter(there, requires_grad=False)
+        return wanted
+
+    @contextlib.contextmanager
+    def recalled(self, *names: str) -> Iterator[None]:
+        """The networks have their weights while the context lasts; without names all have."""
+        woken = self.recall(*(names or self.modules()))
+        try:
+            yield
+        finally:
+            self.free(*woken)
+
     def freeze(self) -> None:
         """No tensor of any network asks for a gradient."""
         for module in self.modules().values():
@@ -141,14 +178,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Base:
+def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, unet_dtype: torch.dtype | None = None) -> Base:
     """Load a base model by name (see `locate`), frozen, in evaluation mode.
+
+    Args:
+        dtype: of all weights.
+        unet_dtype: of the UNet's linear and convolution weights, where they are to be kept in another format.
 
     Raises:
         Problem: not found, incomplete, or its weights do not fit its configuration.
     """
     location = locate(name)
-    parts = _from_folder(location, dtype) if location.kind == "folder" else _from_file(location, dtype)
+    parts = load_parts(location, dtype, unet_dtype, weights_hash(replace(location, variant="plain", delta=None)) if location.delta else "")
     config = parts.pop("scheduler_config")
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
@@ -158,7 +199,7 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     if config.get("rescale_betas_zero_snr"):
         share = diffusion.zero_terminal_snr(share)
     base = Base(name=name, location=location, **parts, scheduler_config=config, schedule=share, prediction=prediction, hash=weights_hash(location),
-                device=device, resolution=0)
+                device=device, resolution=0, dtype=dtype)
     base.resolution = base.unet.config.sample_size * base.pixels_per_latent
     if base.text_encoder_2 is not None:  # older configurations name no end-of-text id; then a learned word, whose id is higher, is taken for it
         base.text_encoder_2.text_model.eos_token_id = base.tokenizer_2.eos_token_id
@@ -174,61 +215,3 @@ def weights_hash(location: Location) -> str:
         return runs.fingerprint([location.path])
     weights = [path for part in WEIGHTS for path in sorted((location.path / part).glob("*.safetensors"))]
     return runs.fingerprint([*weights, *([location.delta] if location.delta else [])])
-
-
-def _from_folder(location: Location, dtype: torch.dtype) -> dict[str, Any]:
-    """The networks, tokenizers and scheduler configuration of a diffusers folder, by the names of Base's fields."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    path = location.path
-    with _loading(path):
-        parts: dict[str, Any] = {"unet": UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=dtype, local_files_only=True),
-                                 "vae": AutoencoderKL.from_pretrained(path / "vae", torch_dtype=dtype, local_files_only=True)}
-        for number, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
-            if number and location.family != "sdxl":
-                continue
-            parts[f"text_encoder{number}"] = kind.from_pretrained(path / f"text_encoder{number}", dtype=dtype, local_files_only=True)
-            parts[f"tokenizer{number}"] = CLIPTokenizer.from_pretrained(path / f"tokenizer{number}", local_files_only=True)
-        parts["scheduler_config"] = _scheduler_config(json.loads((path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")))
-    if location.delta:
-        from finetune.model import delta
-
-        delta.apply(parts["unet"], location.delta, weights_hash(replace(location, variant="plain", delta=None)))
-    return parts
-
-
-def _scheduler_config(told: dict[str, Any]) -> dict[str, Any]:
-    """A folder's noise schedule in DDIM's terms. What other schedulers' files leave out is false for latents: they are not cut to [-1, 1]."""
-    from diffusers import DDIMScheduler
-
-    return dict(DDIMScheduler.from_config({"clip_sample": False, "set_alpha_to_one": False} | told).config)
-
-
-def _from_file(location: Location, dtype: torch.dtype) -> dict[str, Any]:
-    """The same of a single LDM file, offline, with our own configuration folder: without one diffusers asks the network even in offline mode."""
-    import diffusers
-
-    from finetune.model.configs import config_folder
-
-    xl = location.family == "sdxl"
-    more = {"add_watermarker": False} if xl else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    with _loading(location.path), config_folder(location.path, location.family, location.variant) as folder:
-        pipe = (diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline).from_single_file(
-            str(location.path), config=str(folder), torch_dtype=dtype, local_files_only=True, **more)
-    names = ["unet", "vae", "text_encoder", "tokenizer", *(["text_encoder_2", "tokenizer_2"] if xl else [])]
-    return {name: getattr(pipe, name) for name in names} | {"scheduler_config": dict(pipe.scheduler.config)}
-
-
-@contextlib.contextmanager
-def _loading(path: Path) -> Any:
-    """Library errors about files become one sentence that names the model."""
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (SingleFileComponentError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = (str(error).splitlines() or ["no details"])[0]
-        raise Problem(f"The model {path} cannot be loaded.", f"{type(error).__name__}: {first}",
-                      "Check that the download is complete; `finetune inspect` reads its headers.") from error

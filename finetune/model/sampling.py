@@ -162,6 +162,7 @@ def decode(base: Base, latents: Tensor, canvas: Canvas) -> list[Any]:
     """Latents (B, 4, H, W) to PIL pictures; outside a mask the original's own pixels."""
     from PIL import Image
 
+    base.recall("vae")
     with whole_precision(base.vae):
         pixels = base.vae.decode((latents / base.vae.config.scaling_factor).to(base.vae.dtype)).sample
     values = ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy() * 255).round().astype("uint8")

@@ -115,6 +115,7 @@ def encode(base: Base, prompts: list[str]) -> Cond:
     One encoder: its last hidden state after the final norm, (B, L, D). SDXL: the second to last of both, without a final
     norm, side by side (Podell et al. 2023, sec. 2.1), and the second encoder's projected end-of-text state, (B, P).
     """
+    base.recall(*(name for name, _, _ in base.encoders()))
     if base.text_encoder_2 is None:
         return Cond(base.text_encoder(token_ids(base, prompts).to(base.device))[0])
     found = [encoder(token_ids(base, prompts, tokenizer).to(base.device), output_hidden_states=True) for _, encoder, tokenizer in base.encoders()]

@@ -78,7 +78,7 @@ class TrainSettings(RunSettings):
         False, "recompute activations in the backward pass: less memory, a third more time", group="memory")
     step_in_backward: bool = setting(
         False, "optimizer step inside the backward pass, each gradient freed at once; needs --clip-norm 0 and --accumulate 1", group="memory")
-    rest: bool = setting(True, "text encoder and VAE leave memory once what is needed of them is computed", group="memory")
+    free_encoders: bool = setting(True, "text encoder and VAE leave memory once what is needed of them is computed", group="memory")
     latent_cache: Literal["memory", "disk"] = setting(
         "memory", "where encoded pictures are kept: for this run, or on disk for later runs too", group="memory")
     keep_pages: bool = setting(True, "freed memory stays with the process, so that each step need not ask for it again (Linux)", group="speed")

@@ -65,6 +65,7 @@ def prepare(base: Base, method: Method, settings: Any, accelerator: Accelerator)
         value.requires_grad_(True)
     if settings.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
+    engine.speed_up(base.unet, settings)
     optimizer = engine.make_optimizer(groups, settings)
     if accelerator.scaler is not None:  # fp16: accelerate's wrapper unscales and skips overflowing steps
         optimizer = accelerator.prepare_optimizer(optimizer)

@@ -39,7 +39,7 @@ class Meter:
     def __exit__(self, *failure: Any) -> None:
         self._progress.stop()
 
-    def to(self, done: int, loss: float | None = None) -> None:
-        """Move the bar, with the loss beside it."""
+    def to(self, done: int, loss: float | None = None, total: int | None = None) -> None:
+        """Move the bar, with the loss beside it; `total` where it was not known before."""
         fields = {} if loss is None else {"loss": f"loss {loss:.4f}"}
-        self._progress.update(self._task, completed=done, **fields)
+        self._progress.update(self._task, completed=done, total=total, **fields)

@@ -22,12 +22,13 @@ from accelerate import Accelerator
 from rich.console import Console
 
 import finetune
-from finetune import data, draws, methods, runs
+from finetune import data, draws, engine, methods, runs
 from finetune.errors import Problem
 from finetune.methods.base import Method
 from finetune.model.base import Base, load, pick_device
 from finetune.model.families import CHANNELS, locate
 from finetune.model.sampling import render
+from finetune.model.text import encode_cached
 from finetune.settings import TrainSettings
 from finetune.training import artifacts, checkpoint, stopping
 from finetune.training.announce import announce
@@ -65,19 +66,21 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     if accelerator.num_processes > 1:
         raise Problem(f"This run was started as {accelerator.num_processes} processes.", "Training writes its folder from one process.",
                       "Start it without torchrun or accelerate launch.")
-    base = load(settings.model, accelerator.device)
+    base = load(settings.model, accelerator.device, unet_dtype=None if method.replaces else engine.weights_dtype(settings))
     manifest = _manifest(settings, method, base, intake)
     runs.write_json(folder / "settings.json", settings.model_dump(mode="json") | {"method": method.name})
     runs.write_json(folder / "manifest.json", manifest)
     classes, class_seconds = _class_pictures(settings, method, base, console)
     captions = data.caption_candidates(intake.pictures, method.templates(), method.subject)
-    source = data.source(settings, intake, classes, base.vae, captions, method.class_prompt if classes else "", base.device)
+    source = data.source(settings, intake, classes, base.vae, captions, method.class_prompt if classes else "", base.device,
+                         data.cache_folder(_cache() / "latents", settings, base.hash))
     state = prepare(base, method, settings, accelerator)
     if settings.resume:
         checkpoint.restore(folder, state, settings.model_dump(mode="json"))
         runs.trim_metrics(folder, state.step)
         artifacts.drop_later(folder, state)
     announce(console, settings, method, base, intake, classes, source, state)
+    _cache_inputs(settings, base, source, accelerator, console)
     with _finish_on_failure(folder, manifest):
         ending = _steps(folder, settings, method, base, source, accelerator, state, console)
         if ending.reason == "signal":
@@ -142,15 +145,32 @@ def _class_pictures(settings: TrainSettings, method: Method, base: Base, console
         return found.pictures or data.own_class_images(settings.class_dir, settings.max_pixels), 0.0  # the latter refuses
     started = time.perf_counter()
     sampler = {"steps": settings.class_steps, "guidance": settings.class_guidance, "size": settings.resolution, "sampler": "dpm++"}
-    cache = Path(os.environ.get("FINETUNE_CACHE", "~/.cache/finetune")).expanduser() / "class-images"
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Any]:
         return render(base, prompts, seeds, steps=settings.class_steps, guidance=settings.class_guidance, size=settings.resolution)
 
     with Meter(console, "class pictures", settings.class_images) as meter:
-        pictures = data.class_images(cache, method.class_prompt, settings.class_images, settings.seed, base.hash, sampler, draw,
+        pictures = data.class_images(_cache() / "class-images", method.class_prompt, settings.class_images, settings.seed, base.hash, sampler, draw,
                                      lambda done, count: meter.to(done))
     return pictures, time.perf_counter() - started
+
+
+def _cache() -> Path:
+    """Where class pictures and encoded pictures are kept between runs."""
+    return Path(os.environ.get("FINETUNE_CACHE", "~/.cache/finetune")).expanduser()
+
+
+def _cache_inputs(settings: TrainSettings, base: Base, source: Any, accelerator: Accelerator, console: Console) -> None:
+    """Encode pictures and prompts once, and let the networks go that did it, unless they train or are asked anew at each step."""
+    with Meter(console, "pictures", 1) as meter:
+        done = source.fill(settings.steps, accelerator.num_processes, lambda done, count: meter.to(done, total=count))
+    trained = [name for name, encoder, _ in base.encoders() if any(value.requires_grad for value in encoder.parameters())]
+    if not trained:
+        encode_cached(base, source.captions())
+    if settings.free_encoders:
+        base.free(*(["vae"] if done else []), *([] if trained else [name for name, _, _ in base.encoders()]))
+    if settings.keep_pages and base.device.type == "cpu":
+        engine.keep_pages()
 
 
 def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, source: Any, accelerator: Accelerator, state: State,
@@ -223,7 +243,7 @@ def _preview(folder: Path, settings: TrainSettings, method: Method, base: Base, 
     seeds = [draws.key(settings.seed, "preview", number) for number in range(len(prompts))]
     small = base.family == "toybox"
     state = torch.get_rng_state()
-    with method.exported(), at_rest(base, method):
+    with method.exported(), at_rest(base, method), base.recalled():
         pictures = render(base, prompts, seeds, steps=25, guidance=4.0 if small else 7.5, size=settings.resolution)
     torch.set_rng_state(state)
     for number, picture in enumerate(pictures):

@@ -1,0 +1,128 @@
+"""The networks of a base model from a diffusers folder or a single LDM file, whole or one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.errors import Problem
+from finetune.formats import stream
+from finetune.model.families import Location
+
+
+def load_parts(location: Location, dtype: torch.dtype, unet_dtype: torch.dtype | None, base_hash: str) -> dict[str, Any]:
+    """The networks, tokenizers and scheduler configuration by the names of Base's fields.
+
+    Args:
+        unet_dtype: of the UNet's linear and convolution weights, when the UNet is to be kept in another format than `dtype`.
+        base_hash: of the weights, which a delta must have been made on.
+
+    Raises:
+        Problem: the files are damaged or do not fit their configuration.
+    """
+    return _from_folder(location, dtype, unet_dtype, base_hash) if location.kind == "folder" else _from_file(location, dtype)
+
+
+def load_part(location: Location, name: str, dtype: torch.dtype) -> nn.Module:
+    """One network alone, "vae" or a text encoder; a single file has to be read whole."""
+    if location.kind == "single-file":
+        return _from_file(location, dtype)[name]
+    with _loading(location.path):
+        return _network(location.path, name, dtype)
+
+
+def _network(path: Path, name: str, dtype: torch.dtype) -> Any:
+    """One network of a diffusers folder."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    if name in ("unet", "vae"):
+        kind = UNet2DConditionModel if name == "unet" else AutoencoderKL
+        return kind.from_pretrained(path / name, torch_dtype=dtype, local_files_only=True)
+    kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
+    return kind.from_pretrained(path / name, dtype=dtype, local_files_only=True)
+
+
+def _from_folder(location: Location, dtype: torch.dtype, unet_dtype: torch.dtype | None, base_hash: str) -> dict[str, Any]:
+    from transformers import CLIPTokenizer
+
+    path, second = location.path, location.family == "sdxl"
+    with _loading(path):
+        parts: dict[str, Any] = {name: _network(path, name, dtype) for name in ("vae", "text_encoder", *(["text_encoder_2"] if second else []))}
+        whole = path / "unet" / "diffusion_pytorch_model.safetensors"
+        small = unet_dtype not in (None, dtype) and whole.is_file() and not location.delta
+        parts["unet"] = _small_unet(whole, dtype, unet_dtype) if small else _network(path, "unet", dtype)
+        for number in ("", "_2") if second else ("",):
+            parts[f"tokenizer{number}"] = CLIPTokenizer.from_pretrained(path / f"tokenizer{number}", local_files_only=True)
+        parts["scheduler_config"] = _scheduler_config(json.loads((path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")))
+    if location.delta:
+        from finetune.model import delta
+
+        delta.apply(parts["unet"], location.delta, base_hash)
+    return parts
+
+
+def _small_unet(path: Path, dtype: torch.dtype, layers_dtype: torch.dtype) -> Any:
+    """A UNet whose linear and convolution weights are read straight into `layers_dtype`, the rest into `dtype`.
+
+    from_pretrained maps the whole file and casts beside it: 3.4 GB of SD 1.5 would be in memory together with the 1.7 GB asked for.
+    """
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(path.parent))
+    modules, missing = dict(unet.named_modules()), {name for name, _ in unet.named_parameters()}
+    for name, value in stream.each(path):
+        place, _, leaf = name.rpartition(".")
+        module = modules[place]
+        if module._parameters[leaf].shape != value.shape:
+            raise ValueError(f"{name} is {tuple(value.shape)}, the configuration says {tuple(module._parameters[leaf].shape)}")
+        small = leaf == "weight" and type(module) in (nn.Linear, nn.Conv2d)
+        module._parameters[leaf] = nn.Parameter(value.to(layers_dtype if small else dtype), requires_grad=False)
+        missing.discard(name)
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are not in the file, such as {min(missing)}")
+    return unet.eval()
+
+
+def _scheduler_config(told: dict[str, Any]) -> dict[str, Any]:
+    """A folder's noise schedule in DDIM's terms. What other schedulers' files leave out is false for latents: they are not cut to [-1, 1]."""
+    from diffusers import DDIMScheduler
+
+    return dict(DDIMScheduler.from_config({"clip_sample": False, "set_alpha_to_one": False} | told).config)
+
+
+def _from_file(location: Location, dtype: torch.dtype) -> dict[str, Any]:
+    """The same of a single LDM file, offline, with our own configuration folder: without one diffusers asks the network even in offline mode."""
+    import diffusers
+
+    from finetune.model.configs import config_folder
+
+    xl = location.family == "sdxl"
+    more = {"add_watermarker": False} if xl else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    with _loading(location.path), config_folder(location.path, location.family, location.variant) as folder:
+        pipe = (diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline).from_single_file(
+            str(location.path), config=str(folder), torch_dtype=dtype, local_files_only=True, **more)
+    names = ["unet", "vae", "text_encoder", "tokenizer", *(["text_encoder_2", "tokenizer_2"] if xl else [])]
+    return {name: getattr(pipe, name) for name in names} | {"scheduler_config": dict(pipe.scheduler.config)}
+
+
+@contextlib.contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Library errors about files become one sentence that names the model."""
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SingleFileComponentError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first = (str(error).splitlines() or ["no details"])[0]
+        raise Problem(f"The model {path} cannot be loaded.", f"{type(error).__name__}: {first}",
+                      "Check that the download is complete; `finetune inspect` reads its headers.") from error
