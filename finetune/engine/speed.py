@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetune.engine.attention import attend
+from finetune.engine.packed import pack
 from finetune.settings import TrainSettings
 
+LARGE = 100_000_000
 
 def speed_up(unet: nn.Module, settings: TrainSettings) -> list[str]:
     """Switch on what the settings ask for and what pays here; returns a line on each that was."""
     notes = []
     if settings.lean:
         lean_adapters(unet)
+    if settings.lean or settings.attention != "sdpa":
+        attend(unet, settings.attention)
+    if settings.pack == "on" or settings.pack == "auto" and _is_large(unet):
+        count = pack(unet) if settings.precision == "fp32" else 0
+        notes += [f"{count} convolutions may be packed for oneDNN"] if count else []
     if settings.channels_last:
         unet.to(memory_format=torch.channels_last)
         notes.append("channels innermost in memory")
@@ -25,12 +34,19 @@ def speed_up(unet: nn.Module, settings: TrainSettings) -> list[str]:
     return notes
 
 
+def _is_large(unet: nn.Module) -> bool:
+    """Whether arithmetic outweighs the calls: in networks of a few million numbers every other way costs more than it saves."""
+    return sum(value.numel() for value in unet.parameters()) >= LARGE
+
+
 def lean_adapters(network: nn.Module) -> int:
     """Give PEFT's plain LoRA layers a forward without the wrapper's checks; returns how many.
 
     result = base(x) + B(A x) * scale, in PEFT's own order and so to the bit its result. Layers with dropout, biases of their
     own, several adapters or another variant (DoRA) keep PEFT's forward.
     """
+    if "peft" not in sys.modules:
+        return 0
     from peft.tuners.lora.layer import Linear
 
     count = 0
