@@ -1,0 +1,1 @@
+"""Cost before the first step: memory, files and time of a run, from configurations alone."""
