@@ -50,7 +50,6 @@ class Usage:
     system: float
     minor_faults: int
     peak_bytes: int
-    code: int = 0
 
     @property
     def cpu(self) -> float:
@@ -122,7 +121,12 @@ def child(command: str | Sequence[str], cwd: Path | None = None, env: dict[str, 
     if process.returncode:
         end = log.read_text(errors="replace")[-2000:] if log.is_file() else ""
         raise SystemExit(f"exit code {process.returncode}: {' '.join(words)}\n{end}")
-    return Usage(wall, usage.ru_utime, usage.ru_stime, usage.ru_minflt, usage.ru_maxrss * 1024, process.returncode)
+    return usage_of(usage, wall)
+
+
+def usage_of(usage: resource.struct_rusage, wall: float) -> Usage:
+    """The kernel's account of an ended process in our units."""
+    return Usage(wall, usage.ru_utime, usage.ru_stime, usage.ru_minflt, usage.ru_maxrss * 1024)
 
 
 def measure(work: Callable[[], Any]) -> Usage:
