@@ -3,10 +3,10 @@
 Every part has a setting that turns it off, and is off by itself where it does not pay. None knows a method or the loop.
 """
 
-from finetune.engine.frozen import format_of, store, weights_dtype
+from finetune.engine.frozen import autocast, format_of, possible, store, weights_dtype
 from finetune.engine.ladder import RUNGS, apply
 from finetune.engine.optimizer import InBackward, make_optimizer
 from finetune.engine.pages import keep_pages
 from finetune.engine.speed import speed_up
 
-__all__ = ["RUNGS", "InBackward", "apply", "format_of", "keep_pages", "make_optimizer", "speed_up", "store", "weights_dtype"]
+__all__ = ["RUNGS", "InBackward", "apply", "autocast", "format_of", "keep_pages", "make_optimizer", "possible", "speed_up", "store", "weights_dtype"]

@@ -5,7 +5,7 @@ B rows, C channels, H and W height and width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,31 @@ from torch.nn import functional as F
 from finetune.errors import Problem
 from finetune.settings import TrainSettings
 
+Tree = TypeVar("Tree", bound=TrainSettings)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def format_of(settings: TrainSettings) -> str:
     """The number format frozen weights will have: as given, or that of the arithmetic."""
     return settings.precision if settings.frozen == "auto" else settings.frozen
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a processor has instructions for bf16. Without them torch's bf16 is several times slower than its fp32."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def possible(settings: Tree, device: torch.device) -> tuple[Tree, list[str]]:
+    """The settings with a precision this device is fast in, and a line where that is another one than was asked for."""
+    if settings.precision != "bf16" or computes_bf16(device):
+        return settings, []
+    found = settings.model_copy(update={"precision": "fp32", "frozen": "bf16" if settings.frozen == "auto" else settings.frozen})
+    return found, ["this processor has no bf16 instructions: frozen weights are kept in bf16, and computed with in fp32"]
+
+
+def autocast(settings: TrainSettings, device: torch.device) -> torch.autocast:
+    """A context in which the network computes in the run's precision."""
+    return torch.autocast(device.type, dtype=HALF.get(settings.precision, torch.bfloat16), enabled=settings.precision in HALF)
 
 
 def weights_dtype(settings: TrainSettings) -> torch.dtype:
@@ -43,8 +62,8 @@ def store(unet: nn.Module, settings: TrainSettings) -> None:
         _quantize(unet, wanted, settings)
     inner = HALF.get(settings.precision)
     dtype = HALF.get(wanted, torch.bfloat16)
-    for module in unet.modules():
-        if type(module) not in (nn.Linear, nn.Conv2d):
+    for name, module in unet.named_modules():
+        if type(module) not in (nn.Linear, nn.Conv2d) or name == "conv_in":  # which tells libraries the UNet's format: it stays as latents are
             continue
         module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
         if inner is None:  # its class carries the casting forward; it is still a Linear or Conv2d to everybody else

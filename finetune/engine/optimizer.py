@@ -53,22 +53,22 @@ class InBackward:
         self._whole = make(groups, **more)
         self._own: dict[Tensor, Any] = {}
         self.bad = False
-        for group in self._whole.param_groups:
+        for place, group in enumerate(self._whole.param_groups):
             rest = {key: value for key, value in group.items() if key != "params"}
             for value in group["params"]:
                 self._own[value] = make([{**rest, "params": [value]}], **more)
-                value.register_post_accumulate_grad_hook(self._hook(group))
+                value.register_post_accumulate_grad_hook(self._hook(place))
         self._share()
 
     def _share(self) -> None:
         for own in self._own.values():
             own.state = self._whole.state
 
-    def _hook(self, group: dict[str, Any]) -> Any:
+    def _hook(self, place: int) -> Any:
         def hook(value: Tensor) -> None:
             if torch.isfinite(value.grad).all():
                 own = self._own[value]
-                own.param_groups[0]["lr"] = group["lr"]
+                own.param_groups[0]["lr"] = self._whole.param_groups[place]["lr"]
                 own.step()
             else:
                 self.bad = True  # the loop stops the run; this tensor is as it was

@@ -119,7 +119,8 @@ class Lora(Method):
             raise Problem(f"--targets {self.settings.targets!r} matches no layer of the UNet.",
                           f"Known words are {', '.join(TARGETS)}; layers are named like {next(iter(linear))}.",
                           "Use one of those, or layer names split by commas such as to_k,to_v.")
-        narrow = min(min(module.weight.shape[:2]) for module in chosen)
+        narrow = min(min(module.in_features, module.out_features) if isinstance(module, nn.Linear) else min(module.in_channels, module.out_channels)
+                     for module in chosen)  # by the layer's own word: quantized weights are flat
         if self.settings.rank > narrow:
             raise Problem(f"--rank {self.settings.rank} is larger than the narrowest chosen layer, which is {narrow} wide.",
                           "A larger rank than that adds numbers but no freedom.", f"Use --rank {narrow} or less.")

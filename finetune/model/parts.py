@@ -84,7 +84,7 @@ def _small_unet(path: Path, dtype: torch.dtype, layers_dtype: torch.dtype) -> An
         module = modules[place]
         if module._parameters[leaf].shape != value.shape:
             raise ValueError(f"{name} is {tuple(value.shape)}, the configuration says {tuple(module._parameters[leaf].shape)}")
-        small = leaf == "weight" and type(module) in (nn.Linear, nn.Conv2d)
+        small = leaf == "weight" and type(module) in (nn.Linear, nn.Conv2d) and place != "conv_in"  # whose format latents are given in
         module._parameters[leaf] = nn.Parameter(value.to(layers_dtype if small else dtype), requires_grad=False)
         missing.discard(name)
     if missing:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from finetune import data
+from finetune import data, engine
 from finetune.methods.base import Method
 from finetune.model.base import Base
 from finetune.model.text import too_long
@@ -47,6 +47,9 @@ def lines(settings: TrainSettings, method: Method, base: Base, intake: Any, clas
     found.append(("trained", f"{trained:,} of {whole:,} numbers ({trained / whole:.3%})"))
     found += method.facts()
     found.append(("learning rate", f"{settings.learning_rate:g}, {settings.schedule}, warm-up {settings.warmup} steps, {settings.optimizer}"))
+    kept = engine.format_of(settings)
+    found.append(("memory", f"rung {settings.memory}" + (f", frozen weights in {kept}" if kept != "fp32" and not method.replaces else "")))
+    found += [("", note) for note in state.notes]
     each = seen / max(1, len(intake.pictures))
     found.append(("will see", f"{seen:,} pictures in {settings.steps:,} steps of {settings.batch_size * settings.accumulate}: each picture {each:.3g} times"))
     found.append(("artifact", f"{method.expected_bytes(base):,} bytes of weights to {settings.output}/artifact"))

@@ -6,6 +6,7 @@ Draws are functions of seed and step, so no generator state is needed to go on e
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _optimizer_tensors(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for index, entries in state.optimizer.state_dict()["state"].items():
-        for key, value in entries.items():
+        for key, value in _flat(entries):
             if isinstance(value, Tensor):
                 tensors[f"{names[index]}/{key}"] = value.detach().cpu().contiguous().clone()
             else:
@@ -91,12 +92,25 @@ def _optimizer_tensors(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]
     return tensors, plain
 
 
+def _flat(entries: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys and values; what lies in an inner table (bitsandbytes' quantized state) by "table|key"."""
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{key}|")
+        else:
+            yield before + key, value
+
+
 def _restore_optimizer(state: State, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     places = {name: index for index, name in enumerate(state.parameters)}
     entries: dict[int, dict[str, Any]] = {}
     for label, value in {**tensors, **plain}.items():
         name, _, key = label.rpartition("/")
-        entries.setdefault(places[name], {})[key] = value
+        *tables, leaf = key.split("|")
+        table = entries.setdefault(places[name], {})
+        for inner in tables:
+            table = table.setdefault(inner, {})
+        table[leaf] = value
     current = state.optimizer.state_dict()
     state.optimizer.load_state_dict({"state": entries, "param_groups": current["param_groups"]})
 

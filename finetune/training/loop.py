@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +37,7 @@ class State:
     parameters: dict[str, nn.Parameter]
     optimizer: Any
     extra: dict[str, Tensor]
+    notes: list[str] = field(default_factory=list)  # what was switched on to run faster; not part of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ def prepare(base: Base, method: Method, settings: Any, accelerator: Accelerator)
         value.requires_grad_(True)
     if settings.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
-    engine.speed_up(base.unet, settings)
+    notes = engine.speed_up(base.unet, settings)
     optimizer = engine.make_optimizer(groups, settings)
     if accelerator.scaler is not None:  # fp16: accelerate's wrapper unscales and skips overflowing steps
         optimizer = accelerator.prepare_optimizer(optimizer)
-    return State(0, parameters, optimizer, method.extra_state())
+    return State(0, parameters, optimizer, method.extra_state(), notes)
 
 
 def learning_rate_share(step: int, settings: Any) -> float:
@@ -148,7 +149,7 @@ def timesteps_of(batch: Any, seed: int, count: int) -> Tensor:
 def validation_loss(base: Base, method: Method, source: Source, settings: Any) -> float:
     """Mean loss on the fixed set of pictures, noises and timesteps, without weights; the same set for every method."""
     total, rows = 0.0, 0
-    with at_rest(base, method):
+    with at_rest(base, method), engine.autocast(settings, base.device):
         for batch in source.validation():
             noise = noise_of(batch, settings.seed).to(batch.latents)
             timesteps = timesteps_of(batch, settings.seed, len(base.schedule)).to(batch.latents.device)

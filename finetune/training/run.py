@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rich.console import Console
 
 import finetune
@@ -30,7 +31,7 @@ from finetune.model.families import CHANNELS, locate
 from finetune.model.sampling import render
 from finetune.model.text import encode_cached
 from finetune.settings import TrainSettings
-from finetune.training import artifacts, checkpoint, stopping
+from finetune.training import artifacts, checkpoint, memory, stopping
 from finetune.training.announce import announce
 from finetune.training.artifacts import LIBRARIES
 from finetune.training.loop import Progress, State, at_rest, fit, prepare, validation_loss
@@ -59,9 +60,12 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     _check_variant(settings)
     folder = _open_folder(settings)
     started = time.perf_counter()
-    intake = data.intake(settings)
     device = pick_device(settings.device)
     _check_precision(settings, device)
+    settings, notes = memory.settled(settings, method, device)
+    method.settings = settings
+    intake = data.intake(settings)
+    AcceleratorState._reset_state()  # a process may train several times, in several precisions
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision), cpu=device.type == "cpu")
     if accelerator.num_processes > 1:
         raise Problem(f"This run was started as {accelerator.num_processes} processes.", "Training writes its folder from one process.",
@@ -75,6 +79,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     source = data.source(settings, intake, classes, base.vae, captions, method.class_prompt if classes else "", base.device,
                          data.cache_folder(_cache() / "latents", settings, base.hash))
     state = prepare(base, method, settings, accelerator)
+    state.notes[:0] = notes
     if settings.resume:
         checkpoint.restore(folder, state, settings.model_dump(mode="json"))
         runs.trim_metrics(folder, state.step)
@@ -243,7 +248,7 @@ def _preview(folder: Path, settings: TrainSettings, method: Method, base: Base, 
     seeds = [draws.key(settings.seed, "preview", number) for number in range(len(prompts))]
     small = base.family == "toybox"
     state = torch.get_rng_state()
-    with method.exported(), at_rest(base, method), base.recalled():
+    with method.exported(), at_rest(base, method), base.recalled(), engine.autocast(settings, base.device):
         pictures = render(base, prompts, seeds, steps=25, guidance=4.0 if small else 7.5, size=settings.resolution)
     torch.set_rng_state(state)
     for number, picture in enumerate(pictures):
