@@ -115,7 +115,7 @@ def _word(unet: nn.Module, folder: Path, device: str) -> tuple[list[nn.Parameter
     row = Row(encoder.get_input_embeddings(), tokenizer("dog", add_special_tokens=False).input_ids[0])
     embeddings = encoder.text_model.embeddings if hasattr(encoder, "text_model") else encoder.embeddings
     embeddings.token_embedding = row
-    ids = tokenizer("a photo of a dog", padding="max_length", max_length=77, return_tensors="pt").input_ids.to(device)
+    ids = tokenizer("a photo of a dog", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids.to(device)
     return [row.row], lambda: encoder(ids)[0]
 
 

@@ -45,12 +45,14 @@ def main() -> None:
     common.add_model(found, "tiny")
     found.add_argument("--rounds", type=int, default=5, help="runs of each; the median is shown")
     found.add_argument("--methods", default=",".join(METHODS), help="split by commas")
+    found.add_argument("--only", default="", help="only what has this in its name")
     found.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND", help="another trainer; may be repeated")
     found.add_argument("--until", default="Steps:", help="what a peer's output shows when its first step begins")
     options = found.parse_args()
     rows: dict[str, list[float]] = {}
     work = [*_looking(options), *_training(options), *_importing()]
     work += [(name, lambda words=words: _until(words, options.until)) for name, words in (peer.split("=", 1) for peer in options.peer)]
+    work = [(name, measure) for name, measure in work if options.only in name]
     for turn in range(options.rounds):
         for name, measure in work if turn % 2 == 0 else reversed(work):
             rows.setdefault(name, []).append(measure())

@@ -14,6 +14,7 @@ from rich.console import Console
 from finetune import methods, runs
 from finetune.data import latents
 from finetune.engine import frozen
+from finetune.errors import Problem
 from finetune.model import load
 from finetune.training.run import train
 
@@ -132,3 +133,32 @@ def test_bf16_without_instructions_is_kept_in_bf16_and_computed_in_fp32(tiny_mod
     monkeypatch.setattr(frozen, "computes_bf16", lambda device: False)
     assert run(tmp_path / "asked", "hypernetwork", tiny_model, pictures_dir, precision="bf16") == run(
         tmp_path / "kept", "hypernetwork", tiny_model, pictures_dir, frozen="bf16")
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_broken_numbers_stop_before_the_optimizer(waits: bool, inside: bool, tiny_model: Path, pictures_dir: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU at once; on a GPU at the next look, with the weights of the last good step."""
+    from finetune.training import loop
+
+    whole = loop.Guard
+    monkeypatch.setattr(loop, "Guard", lambda optimizer, waits: whole(optimizer, waits=now))
+    now, seen = waits, {}
+    loss_of = loop.loss_of
+
+    def broken(base: Any, method: Any, batch: Any, settings: Any) -> torch.Tensor:
+        loss = loss_of(base, method, batch, settings)
+        step = batch.keys[0][1] // settings.batch_size
+        weight = base.unet.conv_in.weight
+        seen[step] = weight.detach().clone()
+        return loss * float("nan") if step == 2 else loss
+
+    monkeypatch.setattr(loop, "loss_of", broken)
+    with pytest.raises(Problem, match="The loss at step 3 is not a finite number") as caught:
+        run(tmp_path / "run", "dreambooth", tiny_model, pictures_dir, steps=6, log_every=100, validate_every=0, clip_norm=0, step_in_backward=inside)
+    assert "picture-" in caught.value.why
+    assert sorted(seen) == (list(range(6)) if waits else [0, 1, 2])
+    assert not torch.equal(seen[1], seen[2])
+    if waits:
+        assert torch.equal(seen[3], seen[2])  # the broken step was left out

@@ -52,7 +52,8 @@ class InBackward:
     def __init__(self, groups: list[dict[str, Any]], make: Any, **more: Any):
         self._whole = make(groups, **more)
         self._own: dict[Tensor, Any] = {}
-        self.bad = False
+        self._good: Tensor | None = None
+        self._step_supports_amp_scaling = bool(getattr(self._whole, "_step_supports_amp_scaling", False))  # whether a look can wait
         for place, group in enumerate(self._whole.param_groups):
             rest = {key: value for key, value in group.items() if key != "params"}
             for value in group["params"]:
@@ -66,15 +67,22 @@ class InBackward:
 
     def _hook(self, place: int) -> Any:
         def hook(value: Tensor) -> None:
-            if torch.isfinite(value.grad).all():
-                own = self._own[value]
-                own.param_groups[0]["lr"] = self._whole.param_groups[place]["lr"]
+            good, own = torch.isfinite(value.grad).all(), self._own[value]
+            own.param_groups[0]["lr"] = self._whole.param_groups[place]["lr"]
+            if getattr(own, "_step_supports_amp_scaling", False):  # torch's own: left out on the device, without waiting for it
+                own.found_inf, own.grad_scale = (~good).float(), None
                 own.step()
-            else:
-                self.bad = True  # the loop stops the run; this tensor is as it was
+            elif good:
+                own.step()
+            self._good = good if self._good is None else self._good & good
             value.grad = None
 
         return hook
+
+    def trouble(self) -> Tensor:
+        """0 when every gradient since the last call was finite, else nan. Tensors whose gradient was not are as they were."""
+        good, self._good = self._good, None
+        return torch.zeros(()) if good is None else torch.where(good, 0.0, float("nan"))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

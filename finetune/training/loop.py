@@ -19,6 +19,7 @@ from finetune import diffusion, draws, engine
 from finetune.errors import Problem
 from finetune.methods.base import Method
 from finetune.model.base import Base
+from finetune.training.finite import Guard
 
 
 class Source(Protocol):
@@ -94,6 +95,7 @@ def fit(base: Base, method: Method, source: Source, settings: Any, accelerator: 
         Problem: a loss or gradient that is not finite, before the optimizer has seen it.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
+    guard = Guard(state.optimizer, waits=base.device.type != "cpu")
     while state.step < settings.steps:
         started, busy = time.perf_counter(), time.process_time()
         _training_mode(base, method)
@@ -104,18 +106,26 @@ def fit(base: Base, method: Method, source: Source, settings: Any, accelerator: 
             torch.manual_seed(draws.key(settings.seed, "dropout", state.step, micro, rank))
             with accelerator.autocast():
                 loss = loss_of(base, method, batch, settings)
-            if not torch.isfinite(loss):
-                raise not_finite("loss", state.step, batch)
+            guard.note("loss", state.step, loss, batch)
             accelerator.backward(loss / settings.accumulate)
             total += loss.detach() / settings.accumulate
         norm = _reduce_and_clip(state, settings, accelerator)
-        if (norm is not None and accelerator.scaler is None and not torch.isfinite(norm)) or getattr(state.optimizer, "bad", False):
-            raise not_finite("gradient", state.step, batch)
+        if norm is not None and accelerator.scaler is None:
+            guard.note("gradient", state.step, norm, batch)
+        guard.arm()
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         method.after_step(base)
         state.step += 1
+        if _looks(state.step, settings):
+            guard.look()
         yield Progress(state.step, total, norm, rate, time.perf_counter() - started, time.process_time() - busy)
+
+
+def _looks(step: int, settings: Any) -> bool:
+    """Whether somebody reads or keeps numbers after this step."""
+    moments = (settings.log_every, settings.validate_every, settings.checkpoint_every, settings.export_every, settings.preview_every)
+    return step == settings.steps or any(every and step % every == 0 for every in moments)
 
 
 def loss_of(base: Base, method: Method, batch: Any, settings: Any) -> Tensor:
@@ -190,6 +200,8 @@ def _training_mode(base: Base, method: Method) -> None:
 
 def _reduce_and_clip(state: State, settings: Any, accelerator: Accelerator) -> Tensor | None:
     """Mean gradient over the processes, unscaled, then clipped to the global norm; returns the norm before clipping."""
+    if isinstance(state.optimizer, engine.InBackward):
+        return state.optimizer.trouble()  # of gradients that are gone, all that is known
     values = [value for value in state.parameters.values() if value.grad is not None]
     if accelerator.num_processes > 1:
         for value in values:
@@ -198,9 +210,3 @@ def _reduce_and_clip(state: State, settings: Any, accelerator: Accelerator) -> T
         accelerator.unscale_gradients(state.optimizer)
     limit = settings.clip_norm if settings.clip_norm > 0 else float("inf")
     return torch.nn.utils.clip_grad_norm_(values, limit, foreach=True) if values else None
-
-
-def not_finite(what: str, step: int, batch: Any) -> Problem:
-    """The refusal to train on a broken number, naming the pictures at hand."""
-    return Problem(f"The {what} at step {step + 1} is not a finite number.", f"The pictures were {', '.join(dict.fromkeys(batch.names))}.",
-                   "Lower --learning-rate, or use --precision fp32; the last checkpoint is good.")

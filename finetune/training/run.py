@@ -237,7 +237,7 @@ def _validate(folder: Path, settings: TrainSettings, method: Method, base: Base,
 
 def _log(folder: Path, progress: Progress, losses: list[torch.Tensor], spent: float, busy: float) -> None:
     """One line of metrics: the mean loss since the last line, and the sums so far."""
-    norm = None if progress.grad_norm is None else float(progress.grad_norm)
+    norm = None if not progress.grad_norm else float(progress.grad_norm)  # stepping in the backward pass has none
     runs.append_metrics(folder, step=progress.step, loss=float(torch.stack(losses).mean()), learning_rate=progress.learning_rate,
                         grad_norm=norm, seconds=round(spent, 4), cpu_seconds=round(busy, 4))
 
