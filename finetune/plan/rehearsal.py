@@ -172,6 +172,7 @@ def _train(found: Rehearsal, tally: Tally, method: Method, base: Base, settings:
         for last in (False, True) if settings.step_in_backward else (True,):
             for micro in range(min(settings.accumulate, 2)):
                 _micro_batch(found, tally, method, base, settings, record and last and micro == 0)
+            reached = {value for value in values if value.grad is not None or settings.step_in_backward}
             held = sum(value.grad.numel() * value.grad.element_size() for value in values if value.grad is not None)
             found.gradients = held or max(value.numel() * value.element_size() for value in values)  # stepped in the backward pass: one at a time
             if settings.clip_norm and held:
@@ -180,7 +181,7 @@ def _train(found: Rehearsal, tally: Tally, method: Method, base: Base, settings:
             optimizer.zero_grad(set_to_none=True)
             method.after_step(base)
     found.state_shapes = {f"{name}/{key}": (tuple(kept.shape), kept.dtype) for name, value in zip(found.trained, values, strict=True)
-                          for key, kept in optimizer.state.get(value, {}).items() if isinstance(kept, Tensor)}
+                          if value in reached for key, kept in optimizer.state.get(value, {}).items() if isinstance(kept, Tensor)}
     found.state = sum(size_of(*entry) for entry in found.state_shapes.values())
     if settings.validate_every:
         with torch.no_grad(), _moment(found, tally, "validation"):
