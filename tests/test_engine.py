@@ -148,7 +148,6 @@ def test_pages_are_kept_on_linux() -> None:
 
 def convolution(side: int = 3) -> tuple[nn.Sequential, torch.Tensor]:
     torch.manual_seed(0)
-    packed._proven.clear()
     return nn.Sequential(nn.Conv2d(64, 96, side, padding=side // 2)).requires_grad_(False), torch.randn(2, 64, 9, 7, requires_grad=True)
 
 

@@ -18,6 +18,12 @@ MARGIN = 0.95  # of the plain way's time: what is less than a twentieth faster i
 _known: dict[str, dict[str, Any]] = {}
 
 
+def known(question: str) -> bool | None:
+    """The kept answer of `faster`, or None when this machine has not been asked."""
+    found = _table().get(question)
+    return None if found is None else found["other"] < MARGIN * found["plain"]
+
+
 def faster(question: str, plain: Callable[[], Any], other: Callable[[], Any]) -> bool:
     """Whether `other` does the same work in clearly less processor time than `plain`, by the table or by measuring now.
 
@@ -30,7 +36,7 @@ def faster(question: str, plain: Callable[[], Any], other: Callable[[], Any]) ->
         table[question] = {name: round(value * 1e3, 4) for name, value in times.items()}  # ms
         with contextlib.suppress(OSError):  # a disk that cannot be written to costs a measurement at each start, nothing else
             runs.write_json(_file(), table)
-    return table[question]["other"] < MARGIN * table[question]["plain"]
+    return bool(known(question))
 
 
 def _best(work: Callable[[], Any], times: int = 3) -> float:

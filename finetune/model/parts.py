@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +22,32 @@ def load_parts(location: Location, dtype: torch.dtype, unet_dtype: torch.dtype |
     """The networks, tokenizers and scheduler configuration by the names of Base's fields.
 
     Args:
-        unet_dtype: of the UNet's linear and convolution weights, when the UNet is to be kept in another format than `dtype`.
+        unet_dtype: of the UNet's linear and convolution weights; each is then read into memory of its own, so that it can be
+            let go alone. None: `dtype`, and the file is mapped.
         base_hash: of the weights, which a delta must have been made on.
 
     Raises:
         Problem: the files are damaged or do not fit their configuration.
     """
+    _import_libraries()
     return _from_folder(location, dtype, unet_dtype, base_hash) if location.kind == "folder" else _from_file(location, dtype)
+
+
+def _import_libraries() -> None:
+    """Import what every base needs, without bitsandbytes.
+
+    PEFT imports bitsandbytes wherever it is installed, and with it torch's whole compiler: seconds before the first step, for
+    quantized layers of PEFT's own that nothing here uses. Who asks for 8 or 4 bits imports it then (`finetune.engine`).
+    """
+    hidden = "peft" not in sys.modules and "bitsandbytes" not in sys.modules
+    if hidden:
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # to whoever looks for it, it is not installed
+    try:
+        import diffusers.models  # noqa: F401
+        import peft  # noqa: F401
+    finally:
+        if hidden:
+            sys.modules.pop("bitsandbytes", None)
 
 
 def load_part(location: Location, name: str, dtype: torch.dtype) -> nn.Module:
@@ -57,7 +77,7 @@ def _from_folder(location: Location, dtype: torch.dtype, unet_dtype: torch.dtype
     with _loading(path):
         parts: dict[str, Any] = {name: _network(path, name, dtype) for name in ("vae", "text_encoder", *(["text_encoder_2"] if second else []))}
         whole = path / "unet" / "diffusion_pytorch_model.safetensors"
-        small = unet_dtype not in (None, dtype) and whole.is_file() and not location.delta
+        small = unet_dtype is not None and whole.is_file() and not location.delta
         parts["unet"] = _small_unet(whole, dtype, unet_dtype) if small else _network(path, "unet", dtype)
         for number in ("", "_2") if second else ("",):
             parts[f"tokenizer{number}"] = CLIPTokenizer.from_pretrained(path / f"tokenizer{number}", local_files_only=True)
