@@ -42,6 +42,7 @@ class Rehearsal:
         copies: a teacher and averages: what attaching adds beyond the trainables.
         gradients, state: bytes of the gradients held at once, and of the optimizer's state.
         activations: bytes that the forward pass leaves for the backward pass.
+        held: bytes alive when training is about to begin, without optimizer state.
         moments: what happens -> most bytes that are alive at once in it, networks and all.
         work: operators of one micro-batch, forward and backward; `forward` those of its forward pass alone.
     """
@@ -58,6 +59,7 @@ class Rehearsal:
     state: int = 0
     activations: int = 0
     moments: dict[str, int] = field(default_factory=dict)
+    held: int = 0
     work: Counter[Any] = field(default_factory=Counter)
     forward: Counter[Any] = field(default_factory=Counter)
 
@@ -73,7 +75,7 @@ def rehearse(settings: TrainSettings, skeleton: Base, record: bool = False) -> R
     """
     found, tally = Rehearsal(), Tally()
     base, method = copy_of(skeleton), methods.get(settings.METHOD)(settings)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]), stand_ins.modules_move():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]), stand_ins.on_paper():
         base.device, base.recall = torch.device("cpu"), lambda *names: []  # nothing is read again: nothing was
         for part in base.modules().values():
             part.to_empty(device="cpu")
@@ -147,6 +149,7 @@ def _attach(found: Rehearsal, tally: Tally, method: Method, base: Base, settings
     base.free(*found.freed)
     found.frozen = _bytes(value for name, part in base.modules().items() if name not in found.freed for value in _tensors(part)
                           if value.untyped_storage()._cdata not in own)
+    found.held = tally.live
     return stand_ins.make_optimizer(groups, settings)
 
 

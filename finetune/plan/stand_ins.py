@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune import engine
+from finetune.engine import attention, packed
 from finetune.engine.optimizer import InBackward
+from finetune.engine.table import known
 from finetune.settings import TrainSettings
 
 BLOCK_4BIT, BLOCK_8BIT = 64, 256  # numbers that share one scale: NF4 weights, 8-bit optimizer state (bitsandbytes' defaults)
@@ -103,10 +105,12 @@ def make_optimizer(groups: Iterable[Any], settings: TrainSettings) -> Any:
 
 
 @contextlib.contextmanager
-def modules_move() -> Iterator[None]:
-    """Inside the context `module.to(...)` takes fake tensors that are where they should be already.
+def on_paper() -> Iterator[None]:
+    """Inside the context what needs real tensors is done on paper.
 
-    torch exchanges the tensors of a module of fake tensors even then, and refuses because its own fake mode remembers them.
+    Kernels are chosen by what is known of this machine, and by the other way where nothing is known: it takes more memory.
+    Private operators of oneDNN give results of the right shape. And `module.to(...)` takes fake tensors that are where they
+    should be already: torch exchanges them even then, and refuses because its own fake mode remembers them.
     """
     plain = torch.utils.swap_tensors
 
@@ -114,8 +118,19 @@ def modules_move() -> Iterator[None]:
         if (mine.dtype, mine.device) != (other.dtype, other.device):
             plain(mine, other)
 
-    torch.utils.swap_tensors = swap
+    def faster(question: str, *ways: Any) -> bool:
+        return known(question) is not False
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.conv2d(x, weight, bias, padding=1)
+
+    changes = [(torch.utils, "swap_tensors", swap), (packed, "faster", faster), (attention, "faster", faster),
+               (packed, "reorder", lambda weight, x: torch.empty_like(weight)), (packed, "run", run)]
+    before = [(place, name, getattr(place, name)) for place, name, _ in changes]
     try:
+        for place, name, value in changes:
+            setattr(place, name, value)
         yield
     finally:
-        torch.utils.swap_tensors = plain
+        for place, name, value in before:
+            setattr(place, name, value)

@@ -1,0 +1,198 @@
+"""What a run will take, before it: memory by what fills it, and the largest moment."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune import engine, methods
+from finetune.formats.header import Header, read_header
+from finetune.model.base import Base
+from finetune.model.families import Location
+from finetune.plan import process as processes
+from finetune.plan.rehearsal import Rehearsal, rehearse
+from finetune.settings import TrainSettings
+
+REUSED = 0.5  # share of freed memory that what comes later finds a place in; measured, see docs/plan.md
+
+
+@dataclass
+class Prediction:
+    """What a run will take, in bytes.
+
+    Attributes:
+        trainable: numbers that train. weights: of frozen networks while training; trained: of what trains.
+        gradients, optimizer, copies (a teacher, averages), activations: besides. process: the program itself.
+        moments: what happens -> memory of the process in it. peak_host: the most of them.
+        peak_device: on a GPU, the most tensors at once; 0 on a CPU, where they are in `peak_host`.
+        class_images: pictures to render first.
+    """
+
+    method: str
+    model: str
+    family: str
+    device: str
+    resolution: int
+    batch_size: int
+    accumulate: int
+    steps: int
+    rung: str
+    trainable: int
+    weights: int
+    trained: int
+    gradients: int
+    optimizer: int
+    copies: int
+    activations: int
+    process: int
+    moments: dict[str, int]
+    peak_host: int
+    peak_device: int
+    class_images: int
+    rehearsal: Rehearsal = field(repr=False, compare=False)
+
+    @property
+    def peak(self) -> int:
+        """What --memory-limit is about: the GPU's memory on a GPU, else the machine's."""
+        return self.peak_device or self.peak_host
+
+    @property
+    def moment(self) -> str:
+        """When the most is needed."""
+        return max(self.moments, key=lambda name: self.moments[name])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {key: value for key, value in asdict(self).items() if key != "rehearsal"} | {"peak": self.peak, "moment": self.moment}
+
+
+def predict(settings: TrainSettings, base: Base, *, device: str = "cpu", process: int | None = None, record: bool = False) -> Prediction:
+    """Memory of a run from settings and a skeleton (`finetune.plan.skeleton`), which stays as it is.
+
+    Args:
+        settings: as training would have them; a rung other than "auto" is applied here.
+        device: "cpu" or "cuda".
+        process: bytes of the program itself; None measures this one.
+        record: note operators for a calibration (`finetune.plan.pace`).
+
+    Raises:
+        Problem: settings that cannot work with this base.
+    """
+    own = processes.own() if process is None else process
+    whole = methods.get(settings.METHOD).replaces
+    settings, _ = engine.possible(settings, torch.device(device))
+    rung = "fast" if settings.memory == "auto" else settings.memory
+    settings = engine.apply(settings, rung, whole=whole)
+    found = rehearse(settings, base, record)
+    loading = _loading(found, base.location, own)
+    moments = _on_cpu(found, settings, own, loading, whole) if device == "cpu" else {"loading": loading.most}
+    on_device = 0 if device == "cpu" else max(found.moments.values())
+    return Prediction(
+        method=settings.METHOD, model=base.name, family=base.family, device=device, resolution=settings.resolution, batch_size=settings.batch_size,
+        accumulate=settings.accumulate, steps=settings.steps, rung=rung, trainable=sum(math.prod(shape) for shape, _ in found.trained.values()),
+        weights=found.frozen, trained=found.trainable, gradients=found.gradients, optimizer=found.state, copies=found.copies,
+        activations=found.activations, process=own, moments=moments, peak_host=max(moments.values()), peak_device=on_device,
+        class_images=settings.class_images if settings.prior == "images" and not settings.class_dir else 0, rehearsal=found)
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """The most while loading, what is there afterwards, and how much of it is the files themselves, mapped into memory."""
+
+    most: int
+    after: int
+    mapped: int
+
+
+def _loading(found: Rehearsal, location: Location, own: int) -> _Loading:
+    """Networks one after the other. A network in the file's own number format is the file, mapped: its pages come when they are read.
+
+    One in another format is made beside its file, a tensor or (text encoders, the VAE) a file at a time.
+    """
+    now, most, mapped = own, own, 0
+    for name in ("vae", "text_encoder", "text_encoder_2", "unet"):
+        if name not in found.parts:
+            continue
+        size, header = found.parts[name], _header(location, name)
+        now += size
+        if header is None or {info.dtype for info in header.tensors.values()} <= {"F32", "I64"} and name != "unet":
+            mapped += size
+            most = max(most, now)
+        elif name == "unet":
+            most = max(most, now + max(info.end - info.start for info in header.tensors.values()))
+        else:
+            most = max(most, now + header.file_bytes)
+    return _Loading(most, now, mapped)
+
+
+def _header(location: Location, part: str) -> Header | None:
+    """Of a network's file; None where there is none (published ones are in float32)."""
+    if location.kind == "single-file":
+        return read_header(location.path)
+    files = sorted((Path(location.path) / part).glob("*.safetensors"))
+    return read_header(files[0]) if len(files) == 1 else None
+
+
+def _on_cpu(found: Rehearsal, settings: TrainSettings, own: int, loading: _Loading, whole: bool) -> dict[str, int]:
+    """Memory of the process in each moment. The C library keeps what was freed and finds a place for some of it later."""
+    moments = {"loading": loading.most}
+    for name in ("class pictures", "encoding", "attaching"):
+        if name in found.moments:
+            moments[name] = own + found.moments[name]
+    freed = sum(found.parts[name] for name in found.freed)
+    resident = own + found.held + max(0, freed - loading.mapped)
+    moments["training"] = resident + found.moments["step"] - found.held
+    resident = moments["training"]
+    if "validation" in found.moments:
+        moments["validation"] = max(resident, own + found.moments["validation"])
+    alive = own + found.held + found.state
+
+    def later(extra: int) -> int:
+        """Memory when `extra` comes beside what is alive, some of it where freed things were."""
+        return resident + max(0, extra - int(REUSED * (resident - alive)))
+
+    if settings.checkpoint_every and settings.steps >= settings.checkpoint_every:
+        moments["checkpoint"] = later(found.state)
+    if whole:
+        half = 2 if settings.export_dtype == "fp16" else 4
+        everything = sum(found.parts.values())
+        moments["export"] = later(freed + everything * half // 4 + (found.trainable if found.copies and settings.prior != "distill" else 0))
+    return moments
+
+
+def choose(settings: TrainSettings) -> str:
+    """The fastest rung whose predicted peak fits in --memory-limit, or in nine tenths of what is free; "fast" where that cannot be told.
+
+    Where it is plain that everything fits, nothing is rehearsed.
+    """
+    try:
+        return _choose(settings)
+    except Exception:  # noqa: BLE001 - a guess about memory must never keep a run from starting; the run says what is wrong itself
+        return "fast"
+
+
+def _choose(settings: TrainSettings) -> str:
+    from finetune.model.base import pick_device
+    from finetune.model.families import locate
+
+    limit = processes.parse_bytes(settings.memory_limit) if settings.memory_limit else 0
+    device = pick_device(settings.device)
+    if not limit:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else processes.free() + processes.resident()
+        limit = int(0.9 * free)
+    location = locate(settings.model)
+    place = location.path
+    size = place.stat().st_size if place.is_file() else sum(file.stat().st_size for file in place.glob("*/*.safetensors"))
+    if size * 8 + 2 * 10**9 <= limit and settings.batch_size * settings.resolution**2 <= 4 * 512**2:
+        return "fast"
+    from finetune.plan.skeleton import skeleton
+
+    base = skeleton(settings.model)
+    for rung in engine.RUNGS[:-1]:
+        if predict(settings.model_copy(update={"memory": rung}), base, device=device.type).peak <= limit:
+            return rung
+    return engine.RUNGS[-1]
