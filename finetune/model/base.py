@@ -30,7 +30,7 @@ class Base:
         states: cache of text states per prompt, valid while the text encoders are frozen.
         placeholders: own tokens laid over the vocabulary: trigger -> list of tokens it expands to.
         text_encoder_2, tokenizer_2: SDXL's second pair, None elsewhere.
-        dtype: of the weights as they were loaded.
+        dtype, unet_dtype: of the weights as they were loaded (see `load`).
     """
 
     name: str
@@ -50,6 +50,7 @@ class Base:
     text_encoder_2: Any = None
     tokenizer_2: Any = None
     dtype: torch.dtype = torch.float32
+    unet_dtype: torch.dtype | None = None
 
     @property
     def known_as(self) -> str:
@@ -123,7 +124,7 @@ class Base:
         """Read the weights of networks again that were let go; returns which they were."""
         wanted = [name for name in names if name in self.modules() and next(self.modules()[name].parameters()).is_meta]
         for name in wanted:
-            live = dict(load_part(self.location, name, self.dtype).named_parameters())
+            live = dict(load_part(self.location, name, self.dtype, self.unet_dtype).named_parameters())
             for path, module in self.modules()[name].named_modules():
                 for leaf, value in module._parameters.items():
                     if value is not None:
@@ -178,18 +179,20 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, unet_dtype: torch.dtype | None = None) -> Base:
+def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, unet_dtype: torch.dtype | None = None,
+         unet_later: bool = False) -> Base:
     """Load a base model by name (see `locate`), frozen, in evaluation mode.
 
     Args:
         dtype: of all weights.
         unet_dtype: of the UNet's linear and convolution weights, where they are to be kept in another format.
+        unet_later: leave the UNet's weights where they are until `recall`: what is done before needs no room for them.
 
     Raises:
         Problem: not found, incomplete, or its weights do not fit its configuration.
     """
     location = locate(name)
-    parts = load_parts(location, dtype, unet_dtype, weights_hash(replace(location, variant="plain", delta=None)) if location.delta else "")
+    parts = load_parts(location, dtype, unet_dtype, weights_hash(replace(location, variant="plain", delta=None)) if location.delta else "", unet_later)
     config = parts.pop("scheduler_config")
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
@@ -199,12 +202,12 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     if config.get("rescale_betas_zero_snr"):
         share = diffusion.zero_terminal_snr(share)
     base = Base(name=name, location=location, **parts, scheduler_config=config, schedule=share, prediction=prediction, hash=weights_hash(location),
-                device=device, resolution=0, dtype=dtype)
+                device=device, resolution=0, dtype=dtype, unet_dtype=unet_dtype)
     base.resolution = base.unet.config.sample_size * base.pixels_per_latent
     if base.text_encoder_2 is not None:  # older configurations name no end-of-text id; then a learned word, whose id is higher, is taken for it
         base.text_encoder_2.text_model.eos_token_id = base.tokenizer_2.eos_token_id
-    for part in base.modules().values():
-        part.to(device)
+    for name in base.modules().keys() - set(base.freed()):
+        base.modules()[name].to(device)
     base.freeze()
     return base
 

@@ -18,19 +18,20 @@ from finetune.formats import stream
 from finetune.model.families import Location
 
 
-def load_parts(location: Location, dtype: torch.dtype, unet_dtype: torch.dtype | None, base_hash: str) -> dict[str, Any]:
+def load_parts(location: Location, dtype: torch.dtype, unet_dtype: torch.dtype | None, base_hash: str, unet_later: bool = False) -> dict[str, Any]:
     """The networks, tokenizers and scheduler configuration by the names of Base's fields.
 
     Args:
         unet_dtype: of the UNet's linear and convolution weights; each is then read into memory of its own, so that it can be
             let go alone. None: `dtype`, and the file is mapped.
         base_hash: of the weights, which a delta must have been made on.
+        unet_later: give the UNet without its weights (on the meta device) where they can be read alone, to be recalled.
 
     Raises:
         Problem: the files are damaged or do not fit their configuration.
     """
     _import_libraries()
-    return _from_folder(location, dtype, unet_dtype, base_hash) if location.kind == "folder" else _from_file(location, dtype)
+    return _from_folder(location, dtype, unet_dtype, base_hash, unet_later) if location.kind == "folder" else _from_file(location, dtype)
 
 
 def _import_libraries() -> None:
@@ -50,12 +51,12 @@ def _import_libraries() -> None:
             sys.modules.pop("bitsandbytes", None)
 
 
-def load_part(location: Location, name: str, dtype: torch.dtype) -> nn.Module:
-    """One network alone, "vae" or a text encoder; a single file has to be read whole."""
+def load_part(location: Location, name: str, dtype: torch.dtype, unet_dtype: torch.dtype | None = None) -> nn.Module:
+    """One network alone; a single file has to be read whole."""
     if location.kind == "single-file":
         return _from_file(location, dtype)[name]
     with _loading(location.path):
-        return _network(location.path, name, dtype)
+        return _unet(location.path, dtype, unet_dtype) if name == "unet" else _network(location.path, name, dtype)
 
 
 def _network(path: Path, name: str, dtype: torch.dtype) -> Any:
@@ -70,15 +71,13 @@ def _network(path: Path, name: str, dtype: torch.dtype) -> Any:
     return kind.from_pretrained(path / name, dtype=dtype, local_files_only=True)
 
 
-def _from_folder(location: Location, dtype: torch.dtype, unet_dtype: torch.dtype | None, base_hash: str) -> dict[str, Any]:
+def _from_folder(location: Location, dtype: torch.dtype, unet_dtype: torch.dtype | None, base_hash: str, unet_later: bool) -> dict[str, Any]:
     from transformers import CLIPTokenizer
 
     path, second = location.path, location.family == "sdxl"
     with _loading(path):
         parts: dict[str, Any] = {name: _network(path, name, dtype) for name in ("vae", "text_encoder", *(["text_encoder_2"] if second else []))}
-        whole = path / "unet" / "diffusion_pytorch_model.safetensors"
-        small = unet_dtype is not None and whole.is_file() and not location.delta
-        parts["unet"] = _small_unet(whole, dtype, unet_dtype) if small else _network(path, "unet", dtype)
+        parts["unet"] = _empty_unet(path) if unet_later and not location.delta else _unet(path, dtype, None if location.delta else unet_dtype)
         for number in ("", "_2") if second else ("",):
             parts[f"tokenizer{number}"] = CLIPTokenizer.from_pretrained(path / f"tokenizer{number}", local_files_only=True)
         parts["scheduler_config"] = _scheduler_config(json.loads((path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")))
@@ -89,17 +88,25 @@ def _from_folder(location: Location, dtype: torch.dtype, unet_dtype: torch.dtype
     return parts
 
 
-def _small_unet(path: Path, dtype: torch.dtype, layers_dtype: torch.dtype) -> Any:
-    """A UNet whose linear and convolution weights are read straight into `layers_dtype`, the rest into `dtype`.
-
-    from_pretrained maps the whole file and casts beside it: 3.4 GB of SD 1.5 would be in memory together with the 1.7 GB asked for.
-    """
+def _empty_unet(path: Path) -> Any:
+    """The UNet of a folder without weights."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(path.parent))
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(path / "unet"))
+
+
+def _unet(path: Path, dtype: torch.dtype, layers_dtype: torch.dtype | None) -> Any:
+    """The UNet of a folder; with `layers_dtype` its linear and convolution weights are read straight into that, the rest into `dtype`.
+
+    from_pretrained maps the whole file and casts beside it: 3.4 GB of SD 1.5 would be in memory together with the 1.7 GB asked for.
+    """
+    file = path / "unet" / "diffusion_pytorch_model.safetensors"
+    if layers_dtype is None or not file.is_file():
+        return _network(path, "unet", dtype)
+    unet = _empty_unet(path)
     modules, missing = dict(unet.named_modules()), {name for name, _ in unet.named_parameters()}
-    for name, value in stream.each(path):
+    for name, value in stream.each(file):
         place, _, leaf = name.rpartition(".")
         module = modules[place]
         if module._parameters[leaf].shape != value.shape:

@@ -144,11 +144,8 @@ def _on_cpu(found: Rehearsal, settings: TrainSettings, own: int, loading: _Loadi
         if name in found.moments:
             moments[name] = own + found.moments[name]
     freed = sum(found.parts[name] for name in found.freed)
-    resident = own + found.held + max(0, freed - loading.mapped)
-    moments["training"] = resident + found.moments["step"] - found.held
-    resident = moments["training"]
-    if "validation" in found.moments:
-        moments["validation"] = max(resident, own + found.moments["validation"])
+    resident = own + max(0, freed - loading.mapped) + found.moments["step"]
+    moments["training"] = resident
     alive = own + found.held + found.state
 
     def later(extra: int) -> int:

@@ -162,7 +162,7 @@ def _prompt(method: Method) -> str:
 
 
 def _train(found: Rehearsal, tally: Tally, method: Method, base: Base, settings: TrainSettings, optimizer: Any, record: bool) -> None:
-    """A step as all but the first are, with the optimizer's state there; then a batch of the validation set."""
+    """A step as all but the first are, with the optimizer's state there. Looking at the validation set takes less: nothing is kept."""
     values = [value for group in optimizer.param_groups for value in group["params"]]
     if not settings.step_in_backward:  # where each tensor steps by itself, the first step is the way to its state
         for value in values:
@@ -186,9 +186,6 @@ def _train(found: Rehearsal, tally: Tally, method: Method, base: Base, settings:
     found.state_shapes = {f"{name}/{key}": (tuple(kept.shape), kept.dtype) for name, value in zip(found.trained, values, strict=True)
                           if value in reached for key, kept in optimizer.state.get(value, {}).items() if isinstance(kept, Tensor)}
     found.state = sum(size_of(*entry) for entry in found.state_shapes.values())
-    if settings.validate_every:
-        with torch.no_grad(), _moment(found, tally, "validation"):
-            _forward(method, base, settings, settings.batch_size)
 
 
 def _micro_batch(found: Rehearsal, tally: Tally, method: Method, base: Base, settings: TrainSettings, record: bool) -> None:
@@ -197,7 +194,7 @@ def _micro_batch(found: Rehearsal, tally: Tally, method: Method, base: Base, set
     before, tally.record = tally.live, record
     half = {"bf16": torch.bfloat16, "fp16": torch.bfloat16}.get(settings.precision)  # fp16 is as wide; CPUs, on which this runs, know bf16
     with torch.autocast("cpu", half) if half else contextlib.nullcontext():
-        pred, noisy, timesteps = _forward(method, base, settings, rows)
+        pred, noisy, timesteps = forward(method, base, settings, rows)
         loss = (pred.float() - torch.empty(pred.shape)).pow(2).mean()
         extra = method.regularizer(base, noisy, timesteps, settings.batch_size)
         loss = loss if extra is None else loss + extra
@@ -211,7 +208,7 @@ def _micro_batch(found: Rehearsal, tally: Tally, method: Method, base: Base, set
     tally.record = False
 
 
-def _forward(method: Method, base: Base, settings: TrainSettings, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def forward(method: Method, base: Base, settings: TrainSettings, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """The network's word on a batch, with the batch."""
     small = settings.resolution // base.pixels_per_latent
     noisy, timesteps = torch.empty(rows, base.vae.config.latent_channels, small, small), torch.zeros(rows, dtype=torch.long)

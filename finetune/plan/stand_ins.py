@@ -110,13 +110,13 @@ def on_paper() -> Iterator[None]:
 
     Kernels are chosen by what is known of this machine, and by the other way where nothing is known: it takes more memory.
     Private operators of oneDNN give results of the right shape. And `module.to(...)` takes fake tensors that are where they
-    should be already: torch exchanges them even then, and refuses because its own fake mode remembers them.
+    are made there, or in that number format: torch would exchange them, and refuses because its own fake mode remembers them.
     """
     plain = torch.utils.swap_tensors
 
     def swap(mine: Tensor, other: Tensor) -> None:
         if (mine.dtype, mine.device) != (other.dtype, other.device):
-            plain(mine, other)
+            mine.data = other.data
 
     def faster(question: str, *ways: Any) -> bool:
         return known(question) is not False

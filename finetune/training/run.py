@@ -70,7 +70,8 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     if accelerator.num_processes > 1:
         raise Problem(f"This run was started as {accelerator.num_processes} processes.", "Training writes its folder from one process.",
                       "Start it without torchrun or accelerate launch.")
-    base = load(settings.model, accelerator.device, unet_dtype=None if method.replaces else engine.weights_dtype(settings))
+    base = load(settings.model, accelerator.device, unet_dtype=None if method.replaces else engine.weights_dtype(settings),
+                unet_later=settings.free_encoders)
     manifest = _manifest(settings, method, base, intake)
     runs.write_json(folder / "settings.json", settings.model_dump(mode="json") | {"method": method.name})
     runs.write_json(folder / "manifest.json", manifest)
@@ -78,6 +79,8 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     captions = data.caption_candidates(intake.pictures, method.templates(), method.subject)
     source = data.source(settings, intake, classes, base.vae, captions, method.class_prompt if classes else "", base.device,
                          data.cache_folder(_cache() / "latents", settings, base.hash))
+    _encode_pictures(settings, base, source, accelerator, console)
+    base.recall("unet")
     state = prepare(base, method, settings, accelerator)
     state.notes[:0] = notes
     if settings.resume:
@@ -85,7 +88,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         runs.trim_metrics(folder, state.step)
         artifacts.drop_later(folder, state)
     announce(console, settings, method, base, intake, classes, source, state)
-    _cache_inputs(settings, base, source, accelerator, console)
+    _encode_prompts(settings, base, source)
     with _finish_on_failure(folder, manifest):
         ending = _steps(folder, settings, method, base, source, accelerator, state, console)
         if ending.reason == "signal":
@@ -148,6 +151,7 @@ def _class_pictures(settings: TrainSettings, method: Method, base: Base, console
         for file, reason in found.skipped:
             console.print(f"class picture {file} is skipped: {reason}", soft_wrap=True)
         return found.pictures or data.own_class_images(settings.class_dir, settings.max_pixels), 0.0  # the latter refuses
+    base.recall("unet")
     started = time.perf_counter()
     sampler = {"steps": settings.class_steps, "guidance": settings.class_guidance, "size": settings.resolution, "sampler": "dpm++"}
 
@@ -165,15 +169,20 @@ def _cache() -> Path:
     return Path(os.environ.get("FINETUNE_CACHE", "~/.cache/finetune")).expanduser()
 
 
-def _cache_inputs(settings: TrainSettings, base: Base, source: Any, accelerator: Accelerator, console: Console) -> None:
-    """Encode pictures and prompts once, and let the networks go that did it, unless they train or are asked anew at each step."""
+def _encode_pictures(settings: TrainSettings, base: Base, source: Any, accelerator: Accelerator, console: Console) -> None:
+    """Encode every picture once, before the UNet takes its room, and let the VAE go; random crops need it at each step."""
     with Meter(console, "pictures", 1) as meter:
         done = source.fill(settings.steps, accelerator.num_processes, lambda done, count: meter.to(done, total=count))
-    trained = [name for name, encoder, _ in base.encoders() if any(value.requires_grad for value in encoder.parameters())]
-    if not trained:
+    if done and settings.free_encoders:
+        base.free("vae")
+
+
+def _encode_prompts(settings: TrainSettings, base: Base, source: Any) -> None:
+    """Encode every prompt once and let the text encoders go, unless they train or learn a word."""
+    if not any(value.requires_grad for _, encoder, _ in base.encoders() for value in encoder.parameters()):
         encode_cached(base, source.captions())
-    if settings.free_encoders:
-        base.free(*(["vae"] if done else []), *([] if trained else [name for name, _, _ in base.encoders()]))
+        if settings.free_encoders:
+            base.free(*(name for name, _, _ in base.encoders()))
     if settings.keep_pages and base.device.type == "cpu":
         engine.keep_pages()
 
