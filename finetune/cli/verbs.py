@@ -50,6 +50,8 @@ OTHERS = [
           "finetune compare --instance-dir photos/ --class-noun dog --methods lora,hypernetwork:key,query",
           "finetune compare --subjects 12 --seeds 3 --workers 2 --output study/",
           "finetune compare --subjects dreambooth/dataset/ --model sd15/ --budget seconds --seconds 600")),
+    Verb("plan", "Say what a run will take before it: memory, time, disk; and what fits.", ALL, "finetune.cli.plan",
+         ("finetune plan lora --model sd15 --resolution 512 --rank 16", "finetune plan all --model sdxl --memory-limit 16GB")),
     Verb("evaluate", "Render and score a comparison again from what is on disk.", ALL, "finetune.cli.evaluate",
          ("finetune evaluate out/",)),
     Verb("report", "Write a comparison's report again from what is on disk; several folders as one.", ALL, "finetune.cli.report",

@@ -66,6 +66,8 @@ class Tally(TorchDispatchMode):
         named = named or {}
         if operator is aten._local_scalar_dense.default:  # somebody looks at a number: there is none, and 1 is finite, true and positive
             return {True: 1.0, False: 1}[arguments[0].is_floating_point()]
+        if operator is aten.allclose.default:
+            return True
         if self.record:
             self.work[_signature(operator, arguments, named)] += 1
         made = operator(*arguments, **named)
