@@ -13,7 +13,7 @@ from finetune.plan.reality import size
 
 FAMILIES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL", "toybox": "toybox", "other": "a base of its own kind"}
 DOING = {"loading": "the base is loaded", "class pictures": "class pictures are rendered", "encoding": "pictures are encoded",
-         "attaching": "the method is attached", "training": "steps are taken", "checkpoint": "a checkpoint is saved", "export": "the artifact is written"}
+         "reading the UNet": "the UNet is read", "training": "steps are taken", "checkpoint": "a checkpoint is saved", "export": "the artifact is written"}
 
 
 def show(page: Page, console: Console) -> None:

@@ -17,6 +17,7 @@ from finetune.plan import process as processes
 from finetune.plan.rehearsal import Rehearsal, rehearse
 from finetune.settings import TrainSettings
 
+LARGEST_PIECE = 2**25  # bytes: glibc's largest threshold for memory of its own (DEFAULT_MMAP_THRESHOLD_MAX)
 REUSED = 0.5  # share of freed memory that what comes later finds a place in; measured, see docs/plan.md
 
 
@@ -88,8 +89,7 @@ def predict(settings: TrainSettings, base: Base, *, device: str = "cpu", process
     rung = "fast" if settings.memory == "auto" else settings.memory
     settings = engine.apply(settings, rung, whole=whole)
     found = rehearse(settings, base, record)
-    loading = _loading(found, base.location, own)
-    moments = _on_cpu(found, settings, own, loading, whole) if device == "cpu" else {"loading": loading.most}
+    moments = _host(found, settings, own, base, whole, device == "cpu")
     on_device = 0 if device == "cpu" else max(found.moments.values())
     return Prediction(
         method=settings.METHOD, model=base.name, family=base.family, device=device, resolution=settings.resolution, batch_size=settings.batch_size,
@@ -99,34 +99,32 @@ def predict(settings: TrainSettings, base: Base, *, device: str = "cpu", process
         class_images=settings.class_images if settings.prior == "images" and not settings.class_dir else 0, rehearsal=found)
 
 
-@dataclass(frozen=True)
-class _Loading:
-    """The most while loading, what is there afterwards, and how much of it is the files themselves, mapped into memory."""
+def _loading(found: Rehearsal, location: Location, whole: bool) -> dict[str, _Part]:
+    """How each network comes into memory.
 
-    most: int
-    after: int
-    mapped: int
-
-
-def _loading(found: Rehearsal, location: Location, own: int) -> _Loading:
-    """Networks one after the other. A network in the file's own number format is the file, mapped: its pages come when they are read.
-
-    One in another format is made beside its file, a tensor or (text encoders, the VAE) a file at a time.
+    In the file's own number format it is the file, mapped. Otherwise it is made beside its file: a frozen UNet a tensor at a time,
+    the rest while the whole file is mapped.
     """
-    now, most, mapped = own, own, 0
-    for name in ("vae", "text_encoder", "text_encoder_2", "unet"):
-        if name not in found.parts:
-            continue
-        size, header = found.parts[name], _header(location, name)
-        now += size
-        if header is None or {info.dtype for info in header.tensors.values()} <= {"F32", "I64"} and name != "unet":
-            mapped += size
-            most = max(most, now)
-        elif name == "unet":
-            most = max(most, now + max(info.end - info.start for info in header.tensors.values()))
+    parts = {}
+    for name, size in found.parts.items():
+        header = _header(location, name)
+        if name == "unet" and not whole:
+            beside = max((info.end - info.start for info in header.tensors.values()), default=0) if header else 0
+            parts[name] = _Part(size, beside, False)
+        elif header is None or {info.dtype for info in header.tensors.values()} <= {"F32", "I64"}:
+            parts[name] = _Part(size, 0, True)
         else:
-            most = max(most, now + header.file_bytes)
-    return _Loading(most, now, mapped)
+            parts[name] = _Part(size, header.file_bytes, False)
+    return parts
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A network in memory: its bytes, what is there beside it while it is read, whether it is the mapped file."""
+
+    size: int
+    beside: int
+    mapped: bool
 
 
 def _header(location: Location, part: str) -> Header | None:
@@ -137,28 +135,54 @@ def _header(location: Location, part: str) -> Header | None:
     return read_header(files[0]) if len(files) == 1 else None
 
 
-def _on_cpu(found: Rehearsal, settings: TrainSettings, own: int, loading: _Loading, whole: bool) -> dict[str, int]:
-    """Memory of the process in each moment. The C library keeps what was freed and finds a place for some of it later."""
-    moments = {"loading": loading.most}
-    for name in ("class pictures", "encoding", "attaching"):
-        if name in found.moments:
-            moments[name] = own + found.moments[name]
-    freed = sum(found.parts[name] for name in found.freed)
-    resident = own + max(0, freed - loading.mapped) + found.moments["step"]
+def _host(found: Rehearsal, settings: TrainSettings, own: int, base: Base, whole: bool, on_cpu: bool) -> dict[str, int]:
+    """Memory of the process in each moment, in the order of a run.
+
+    Encoders come first, the UNet when they are done (`free_encoders`). The C library keeps what was freed in pieces and finds
+    a place for some of it later.
+    """
+    parts = _loading(found, base.location, whole)
+    later = settings.free_encoders and base.location.kind == "folder"
+    now, most = own, own
+    for name, part in parts.items():
+        if name != "unet":
+            now, most = now + part.size, max(most, now + part.size + part.beside)
+    moments = {"loading": most}
+    unet = parts["unet"]
+    if not later or "class pictures" in found.moments:
+        moments["loading"] = max(most, now + unet.size + unet.beside)
+    if not on_cpu:
+        return {"loading": max(moments["loading"], now + unet.size + unet.beside)}
+    if "class pictures" in found.moments:
+        moments["class pictures"] = own + found.moments["class pictures"]
+    missing = unet.size if later and "class pictures" not in found.moments else 0
+    moments["encoding"] = own + found.moments["encoding"] - missing
+    gone = parts["vae"].size if "vae" in found.freed else 0
+    moments["reading the UNet"] = now - gone + unet.size + unet.beside
+    pieces = found.moments["encoding"] - sum(found.parts.values())
+    pieces += sum(_in_pieces(base.modules()[name]) for name in found.freed if name != "vae" and not parts[name].mapped)
+    resident = own + pieces + found.moments["step"]
     moments["training"] = resident
     alive = own + found.held + found.state
 
-    def later(extra: int) -> int:
+    def beside(extra: int) -> int:
         """Memory when `extra` comes beside what is alive, some of it where freed things were."""
         return resident + max(0, extra - int(REUSED * (resident - alive)))
 
     if settings.checkpoint_every and settings.steps >= settings.checkpoint_every:
-        moments["checkpoint"] = later(found.state)
+        moments["checkpoint"] = beside(found.state)
     if whole:
         half = 2 if settings.export_dtype == "fp16" else 4
-        everything = sum(found.parts.values())
-        moments["export"] = later(freed + everything * half // 4 + (found.trainable if found.copies and settings.prior != "distill" else 0))
+        back = sum(parts[name].size for name in found.freed)
+        averaged = found.trainable if found.extra else 0
+        moments["export"] = beside(back + sum(found.parts.values()) * half // 4 + averaged)
     return moments
+
+
+def _in_pieces(part: Any) -> int:
+    """Bytes of a network's tensors that the C library takes from its heap; larger ones go back to the system when they are freed."""
+    sizes = [value.numel() * value.element_size() for value in part.parameters()]
+    return sum(size for size in sizes if size <= LARGEST_PIECE)
 
 
 def choose(settings: TrainSettings) -> str:
