@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 
-PLAIN = {"schedule": "constant", "warmup": 0, "validate_every": 0, "checkpoint_every": 0, "overwrite": True}
+PLAIN = {"prior": "none", "accumulate": 1, "schedule": "constant", "warmup": 0, "validate_every": 0, "checkpoint_every": 0, "overwrite": True}
 
 
 class Enough(Exception):
