@@ -106,3 +106,10 @@ def test_random_bases_have_the_stated_sizes(monkeypatch: pytest.MonkeyPatch, tmp
     base = load(str(common.model_folder("tiny", tmp_path)))
     assert sum(value.numel() for value in base.unet.parameters()) == 792_964 and base.resolution == common.NATIVE["tiny"]
     assert common.ratio([2.0, 4.0], [1.0, 1.0]) == {"median": 3.0, "least": 2.0, "most": 4.0}
+
+
+def test_plan_against_a_run(script: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    in_this_process(monkeypatch)
+    found = script("plan", "--methods", "lora", "--rungs", "fast")["runs"]
+    assert all(one["ratio"] == one["planned_bytes"] / one["measured_bytes"] > 0.1 for one in found.values()) and len(found) == 1
