@@ -113,3 +113,8 @@ def test_plan_against_a_run(script: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     in_this_process(monkeypatch)
     found = script("plan", "--methods", "lora", "--rungs", "fast")["runs"]
     assert all(one["ratio"] == one["planned_bytes"] / one["measured_bytes"] > 0.1 for one in found.values()) and len(found) == 1
+
+
+def test_rates_of_kernels(script: Run) -> None:
+    found = script("kernels", "--few", "--repeats", "1", trains=False)["gigaflops"]
+    assert len(found) == 3 and all(rate > 0 for one in found.values() for rate in one.values())
