@@ -66,8 +66,6 @@ def _from_folder(name: str, location: Location, folder: Path, digest: str) -> Ba
             if f"text_encoder{number}" in told:
                 given = {key: value for key, value in told[f"text_encoder{number}"].items() if key not in ("architectures", "model_type")}
                 parts[f"text_encoder{number}"] = kind(CLIPTextConfig(**given))
-    for part in ("unet", "vae"):
-        parts[part].register_to_config(_name_or_path=str(location.path / part))  # as loading from a folder does; exports carry it
     for number in ("", "_2"):
         if f"text_encoder{number}" in parts:
             parts[f"tokenizer{number}"] = _tokenizer(folder / f"tokenizer{number}", CLIPTokenizer)

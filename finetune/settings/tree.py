@@ -81,7 +81,7 @@ class TrainSettings(RunSettings):
     free_encoders: bool = setting(True, "text encoder and VAE leave memory once what is needed of them is computed", group="memory")
     latent_cache: Literal["memory", "disk"] = setting(
         "memory", "where encoded pictures are kept: for this run, or on disk for later runs too", group="memory")
-    keep_pages: bool = setting(True, "freed memory stays with the process, so that each step need not ask for it again (Linux)", group="speed")
+    keep_pages: bool = setting(True, "where the whole UNet trains, freed memory stays with the process, so that no step asks for it again (Linux)", group="speed")
     lean: bool = setting(True, "adapters as two plain products, without their wrapper's checks; the same numbers", group="speed")
     pack: Literal["auto", "on", "off"] = setting(
         "auto", "frozen layers in oneDNN's own layout, on a CPU [auto: where it was measured to be faster]", group="speed")

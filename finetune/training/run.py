@@ -89,6 +89,8 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         artifacts.drop_later(folder, state)
     announce(console, settings, method, base, intake, classes, source, state)
     _encode_prompts(settings, base, source)
+    if settings.keep_pages and method.replaces and device.type == "cpu":  # gradients as large as the model; elsewhere it costs more than it saves
+        engine.keep_pages()
     with _finish_on_failure(folder, manifest):
         ending = _steps(folder, settings, method, base, source, accelerator, state, console)
         if ending.reason == "signal":
@@ -183,8 +185,6 @@ def _encode_prompts(settings: TrainSettings, base: Base, source: Any) -> None:
         encode_cached(base, source.captions())
         if settings.free_encoders:
             base.free(*(name for name, _, _ in base.encoders()))
-    if settings.keep_pages and base.device.type == "cpu":
-        engine.keep_pages()
 
 
 def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, source: Any, accelerator: Accelerator, state: State,
