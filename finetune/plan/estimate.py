@@ -161,7 +161,6 @@ def _host(found: Rehearsal, settings: TrainSettings, own: int, base: Base, whole
     moments["reading the UNet"] = now - gone + unet.size + unet.beside
     pieces = found.moments["encoding"] - sum(found.parts.values())
     pieces += sum(_in_pieces(base.modules()[name]) for name in found.freed if name != "vae" and not parts[name].mapped)
-    pieces += found.packed if settings.keep_pages else 0  # packing turns each kernel around beside it, and that stays
     resident = own + pieces + found.moments["step"]
     moments["training"] = resident
     alive = own + found.held + found.state

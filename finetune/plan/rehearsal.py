@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune import data, engine, methods
 from finetune.data.class_images import PORTION
-from finetune.engine.packed import PackedConv2d
 from finetune.methods.base import Method
 from finetune.model.base import Base
 from finetune.model.text import encode
@@ -44,7 +43,6 @@ class Rehearsal:
         gradients, state: bytes of the gradients held at once, and of the optimizer's state.
         activations: bytes that the forward pass leaves for the backward pass.
         held: bytes alive when training is about to begin, without optimizer state.
-        packed: bytes of the convolutions that are packed at the first step.
         moments: what happens -> most bytes that are alive at once in it, networks and all.
         work: operators of one micro-batch, forward and backward; `forward` those of its forward pass alone.
     """
@@ -62,7 +60,6 @@ class Rehearsal:
     activations: int = 0
     moments: dict[str, int] = field(default_factory=dict)
     held: int = 0
-    packed: int = 0
     work: Counter[Any] = field(default_factory=Counter)
     forward: Counter[Any] = field(default_factory=Counter)
 
@@ -186,8 +183,6 @@ def _train(found: Rehearsal, tally: Tally, method: Method, base: Base, settings:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             method.after_step(base)
-    found.packed = sum(size_of(tuple(layer.chosen[0].shape), layer.chosen[0].dtype) for layer in base.unet.modules()
-                       if isinstance(layer, PackedConv2d) and layer.chosen)
     found.state_shapes = {f"{name}/{key}": (tuple(kept.shape), kept.dtype) for name, value in zip(found.trained, values, strict=True)
                           if value in reached for key, kept in optimizer.state.get(value, {}).items() if isinstance(kept, Tensor)}
     found.state = sum(size_of(*entry) for entry in found.state_shapes.values())
