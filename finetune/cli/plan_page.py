@@ -122,8 +122,8 @@ def clock(seconds: float | None) -> str:
         return ""
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    for large, small, step, per in (("min", "s", 60, 60), ("h", "min", 3600, 60), ("d", "h", 86400, 24)):
-        if seconds < step * per:
-            whole, rest = divmod(round(seconds / (step / per if large != "min" else 1)), per)
-            return f"{whole} {large} {rest} {small}" if rest else f"{whole} {large}"
-    return f"{seconds / 86400:.0f} d"
+    for large, small, unit, per, most in (("min", "s", 1, 60, 3600), ("h", "min", 60, 60, 86400), ("d", "h", 3600, 24, float("inf"))):
+        if seconds < most:
+            break
+    whole, rest = divmod(round(seconds / unit), per)
+    return f"{whole} {large} {rest} {small}" if rest else f"{whole} {large}"
