@@ -85,7 +85,7 @@ class Planner:
 
     def plans(self, asked: dict[str, TrainSettings], others: dict[str, TrainSettings], table: bool) -> Page:
         """Plans in full of what was asked, and a row for each rung of it and of the other methods."""
-        refused: dict[str, str] = {}
+        refused: dict[str, Problem] = {}
         full = [plan for settings in asked.values() if (plan := self._try(refused, settings, self.full))]
         rows = []
         for settings in [*asked.values(), *others.values()] if table else []:
@@ -94,15 +94,15 @@ class Planner:
                 plan = done or self._try(refused, settings.model_copy(update={"memory": rung}), self.plain)
                 rows += [plan] if plan else []
         if not full:
-            raise Problem(*next(iter(refused.values())).split("\n"))
-        return Page(full, rows, self.limit, self.given, {name: text.split("\n")[0] for name, text in refused.items()})
+            raise next(iter(refused.values()))
+        return Page(full, rows, self.limit, self.given, {name: problem.what for name, problem in refused.items()})
 
-    def _try(self, refused: dict[str, str], settings: TrainSettings, make: Callable[[TrainSettings], Plan]) -> Plan | None:
+    def _try(self, refused: dict[str, Problem], settings: TrainSettings, make: Callable[[TrainSettings], Plan]) -> Plan | None:
         try:
             methods.get(settings.METHOD)(settings).check()
             return make(settings)
         except Problem as error:
-            refused[settings.METHOD] = "\n".join((error.what, error.why, error.fix))
+            refused[settings.METHOD] = error
             return None
 
     def plain(self, settings: TrainSettings) -> Plan:

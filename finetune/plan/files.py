@@ -95,7 +95,8 @@ def _save_without_weights(part: nn.Module, weighed: list[int], folder: Any, **ig
 
 def file_bytes(shapes: Shapes, metadata: dict[str, str] | None) -> int:
     """Exact size of a safetensors file."""
-    return expected_safetensors_bytes({name: shape for name, (shape, _) in shapes.items()}, {name: NAMES[dtype] for name, (_, dtype) in shapes.items()}, metadata)
+    return expected_safetensors_bytes({name: shape for name, (shape, _) in shapes.items()},
+                                      {name: NAMES[dtype] for name, (_, dtype) in shapes.items()}, metadata)
 
 
 def checkpoint_bytes(found: Rehearsal) -> int:
