@@ -186,7 +186,7 @@ def machine() -> dict[str, Any]:
     known = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if flag in flags]
     memory = next((int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
     found: dict[str, Any] = {"processor": name, "instructions": known, "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS"),
-                             "memory_bytes": memory, "system": platform.platform(), "python": platform.python_version(),
+                             "memory_bytes": memory, "system": platform.system(), "python": platform.python_version(),
                              "versions": {name: _version(name) for name in LIBRARIES}}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
