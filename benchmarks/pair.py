@@ -111,13 +111,19 @@ def _sliced(commands: Sequence[str], steps: int, env: dict[str, str], seconds: f
                                                   stderr=subprocess.STDOUT, start_new_session=True))
             os.killpg(processes[-1].pid, signal.SIGSTOP)
         turn = 0
-        while len(found) < len(processes):
-            if turn not in found:
-                os.killpg(processes[turn].pid, signal.SIGCONT)
-                found |= _wait(turn, processes[turn], seconds, started, folders[turn] / "log")
+        try:
+            while len(found) < len(processes):
                 if turn not in found:
-                    os.killpg(processes[turn].pid, signal.SIGSTOP)
-            turn = 1 - turn
+                    os.killpg(processes[turn].pid, signal.SIGCONT)
+                    found |= _wait(turn, processes[turn], seconds, started, folders[turn] / "log")
+                    if turn not in found:
+                        os.killpg(processes[turn].pid, signal.SIGSTOP)
+                turn = 1 - turn
+        finally:  # one failed, or we were interrupted: the other must not stay behind, stopped
+            for process in processes:
+                if process.returncode is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
         return [found[number] for number in range(len(processes))]
 
 

@@ -63,7 +63,7 @@ def main() -> None:
     for switch in SWITCHES:
         if switch.name in wanted and known(switch):
             results[switch.name] = compare(switch, options)
-    common.show(f"{common.clock()} seconds per step, {options.model or options.size}: without / with", ("switch", "method", "without", "with", "gain", "least-most", "GB w/o", "GB", "loss diff"),
+    common.show(f"{common.clock()} seconds per step, {options.model or options.size}: without / with", ("switch", "method", "without", "with", "gain", "GB w/o", "GB", "loss diff"),
                 [row(name, one) for name, one in results.items()])
     common.write({"size": options.size, "switches": results}, options.json)
 
@@ -96,10 +96,10 @@ def compare(switch: Switch, options: Any) -> dict[str, Any]:
 def row(name: str, one: dict[str, Any]) -> tuple[str, ...]:
     """A line of the table."""
     if "refused" in one:
-        return (name, one["method"], "refused", "", "", "", "", "", "")
+        return (name, one["method"], "refused", "", "", "", "", "")
     gain = one["gain"]
     return (name, one["method"], *(f"{common.spread(one[side])['median']:.3f}" for side in ("off", "on")), f"x{gain['median']:.2f}",
-            f"{gain['least']:.2f}-{gain['most']:.2f}", *(common.gigabytes(one["peak_bytes"][side]) for side in ("off", "on")), f"{one['loss_difference']:.0e}")
+            *(common.gigabytes(one["peak_bytes"][side]) for side in ("off", "on")), f"{one['loss_difference']:.0e}")
 
 
 if __name__ == "__main__":

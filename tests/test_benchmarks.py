@@ -55,7 +55,8 @@ def test_pair_in_turns_finds_the_same(script: Run) -> None:
 
 def test_a_command_that_fails_ends_the_pair_with_its_words(script: Run) -> None:
     with pytest.raises(SystemExit, match="no such thing"):
-        script("pair", "--a", f"{sys.executable} -S -c 'raise SystemExit(\"no such thing {{steps}}\")'", "--b", "true", "--short", "1", "--long", "2", trains=False)
+        script("pair", "--a", f"{sys.executable} -S -c 'raise SystemExit(\"no such thing {{steps}}\")'", "--b", "sleep 60", "--slice", "0.2",
+               "--short", "1", "--long", "2", trains=False)
 
 
 def test_floor_of_every_method(script: Run, tmp_path: Path, tiny_model: Path) -> None:
