@@ -35,6 +35,10 @@ def finish_diffusers_folder(folder: Path | str) -> None:
             "It has no model_index.json.",
             "Give the folder that holds unet, vae and text_encoder.",
         )
+    for config in sorted(folder.glob("*/config.json")):
+        told = read_json(config)
+        if told.pop("_name_or_path", None) is not None:  # the folder's place on the machine that wrote it: nobody else's business
+            write_json(config, told)
     for number in ("", "_2"):
         weights = folder / f"text_encoder{number}" / "model.safetensors"
         if weights.is_file():

@@ -36,8 +36,6 @@ def artifact_bytes(settings: TrainSettings, skeleton: Base, metadata: dict[str, 
     base, method = copy_of(skeleton), methods.get(settings.METHOD)(settings.model_copy(update={"export": [], "ema_decay": 0.0} if _whole(settings) else {}))
     weighed = _Scale()
     if method.replaces:
-        for name in ("vae",) if settings.free_encoders and base.location.kind == "folder" else ("vae", "unet"):  # networks that from_pretrained made say where
-            base.modules()[name].register_to_config(_name_or_path=str(base.location.path / name))
         for part in base.modules().values():
             part.save_pretrained = functools.partial(_save_without_weights, part, weighed)
     else:

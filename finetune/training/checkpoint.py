@@ -82,11 +82,14 @@ def _optimizer_tensors(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]
     """The optimizer's per-parameter state, tensors by "name/key" and the rest as plain values."""
     names = list(state.parameters)
     tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()  # a file cannot hold one storage twice: code books that all tensors share are copied, nothing else is
     plain: dict[str, Any] = {}
     for index, entries in state.optimizer.state_dict()["state"].items():
         for key, value in _flat(entries):
             if isinstance(value, Tensor):
-                tensors[f"{names[index]}/{key}"] = value.detach().cpu().contiguous().clone()
+                kept = value.detach().cpu().contiguous()
+                tensors[f"{names[index]}/{key}"] = kept.clone() if kept.data_ptr() in seen else kept
+                seen.add(kept.data_ptr())
             else:
                 plain[f"{names[index]}/{key}"] = value
     return tensors, plain

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from finetune import engine, runs
 from finetune.engine import ladder
+from finetune.engine.speed import LARGE
 from finetune.methods.base import Method
+from finetune.model.base import Base
 from finetune.settings import TrainSettings
 
 
@@ -20,7 +24,22 @@ def settled(settings: TrainSettings, method: Method, device: torch.device) -> tu
     if settings.resume and rung == "auto" and before.is_file():
         rung = runs.read_json(before).get("memory", "fast")
     if rung == "auto":
-        rung = "fast"
+        from finetune.plan.estimate import choose
+
+        rung = choose(settings)
     settings, notes = engine.possible(settings, device)
     found = engine.apply(settings, rung, whole=method.replaces)
     return found, notes + ladder.described(settings, found)
+
+
+def beside_the_plan(settings: TrainSettings, base: Base, manifest: dict[str, Any]) -> list[str]:
+    """What was planned beside what was, for bases large enough that anybody plans."""
+    if sum(value.numel() for value in base.unet.parameters()) < LARGE:
+        return []
+    from finetune.plan import estimate, reality
+    from finetune.plan.skeleton import skeleton
+
+    try:
+        return reality.compare(estimate.predict(settings, skeleton(settings.model), device=base.device.type), manifest)
+    except Exception as error:  # noqa: BLE001 - the run is done and saved; a plan that fails afterwards is worth one line
+        return [f"The plan could not be made: {error}"]

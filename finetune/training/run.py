@@ -104,6 +104,8 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         manifest["stopped"] = {"reason": "dvar", "step": state.step, "planned": settings.steps}
         console.print(f"The loss on the fixed set has settled: ended after step {state.step} of {settings.steps}.")
     _close(folder, manifest, state, seconds, console)
+    for line in memory.beside_the_plan(settings, base, manifest):
+        console.print(line, soft_wrap=True)
     return folder
 
 
