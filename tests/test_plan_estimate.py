@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def test_what_is_no_amount_is_refused() -> None:
         process.parse_bytes("8 apples")
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_real_run(tiny_model: Path, pictures_dir: Path) -> None:
     """A process that trains takes what was foretold; training's last lines say so."""
     manifest = measure("lora", str(tiny_model), pictures_dir, resolution=32)
@@ -91,3 +93,10 @@ def test_the_plan_of_a_real_run(tiny_model: Path, pictures_dir: Path) -> None:
     said = compare(planned | {"artifact": manifest["artifact"]["bytes"]}, manifest)
     assert said[0].startswith("memory: ") and said[1].endswith("as planned")
     assert compare(planned | {"peak": 2 * manifest["peak_memory_bytes"]}, manifest)[0].count("+100%") == 1
+
+
+def test_measured_runs_were_within_15_percent() -> None:
+    """The table of docs/plan.md: four methods, three sizes, several resolutions and rungs; `python docs/plan_table.py --run ...` measures anew."""
+    rows = json.loads((Path(__file__).parent.parent / "docs" / "plan.json").read_text(encoding="utf-8"))
+    assert len(rows) >= 12 and {row["base"] for row in rows} == {"tiny", "small", "sd15"} and len({row["method"] for row in rows}) == 4
+    assert [row for row in rows if abs(row["planned"] / row["measured"] - 1) > 0.15] == []

@@ -96,7 +96,7 @@ class DreamBooth(Method):
         """A diffusers pipeline folder any tool of the field opens, plus finetune.json with the metadata."""
         with self.exported(), base.recalled():
             pipe = base.pipeline()
-            parts = {name: copy.deepcopy(part).to(export_dtype(self.settings)) for name, part in base.modules().items()}
+            parts = {name: _copy_in(part, export_dtype(self.settings)) for name, part in base.modules().items()}
             pipe.register_modules(**parts)
             pipe.save_pretrained(folder, safe_serialization=True)
         finish_diffusers_folder(folder)
@@ -137,6 +137,13 @@ class DreamBooth(Method):
         base.states.clear()
         told = read_json(path / "finetune.json") if (path / "finetune.json").is_file() else {}
         return Loaded(cls.name, told.get("finetune.trigger"), path, told)
+
+
+def _copy_in(part: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A network's copy in another number format, without ever holding one in its own: each tensor's place is filled beforehand."""
+    filled = {id(value): nn.Parameter(value.detach().to(dtype), requires_grad=False) for value in part.parameters()}
+    filled |= {id(value): value.to(dtype) if value.is_floating_point() else value for value in part.buffers()}
+    return copy.deepcopy(part, filled)
 
 
 @torch.no_grad()
