@@ -40,7 +40,7 @@ def _answer(page: Page, plan: Plan, console: Console) -> None:
     lines = _grid()
     if plan.fits is not None:
         whose = f"the {size(page.limit)} of --memory-limit" if page.limit_given else f"{size(page.limit)}, nine tenths of what is free here"
-        lines.add_row("fits", Text.assemble(("yes" if plan.fits else "NO", "bold green" if plan.fits else "bold red"), f", in {whose}" if plan.fits else f", not in {whose}"))
+        lines.add_row("fits", Text.assemble((("tight" if plan.tight else "yes") if plan.fits else "NO", "bold green" if plan.fits else "bold red"), f", in {whose}" if plan.fits else f", not in {whose}"))
     where = "on the GPU" if told.peak_device else f"while {DOING[told.moment]}"
     lines.add_row("memory", f"{size(told.peak)} at most, {where}" + (f"; {size(told.peak_host)} of the machine's own" if told.peak_device else ""))
     lines.add_row("time", _time(plan))
@@ -95,7 +95,7 @@ def _table(page: Page, console: Console) -> None:
     for plan in page.rows:
         told = plan.prediction
         times = (clock(plan.step_seconds), clock(plan.total_seconds)) if timed else ()
-        fits = Text("") if plan.fits is None else Text("yes", "green") if plan.fits else Text("no", "red")
+        fits = Text("") if plan.fits is None else Text("tight" if plan.tight else "yes", "green") if plan.fits else Text("no", "red")
         table.add_row("" if told.method == before else told.method, told.rung, size(told.peak), *times, fits)
         before = told.method
     console.print("\n[bold]Memory rungs and methods[/bold]")
@@ -104,9 +104,9 @@ def _table(page: Page, console: Console) -> None:
 
 def _doubts(page: Page, console: Console) -> None:
     """How far all this can be off."""
-    console.print("\n[dim]Artifact bytes are exact. Memory was within 15 % of runs that were measured (docs/plan.md).[/dim]")
+    console.print("\n[dim]Artifact bytes are exact. Memory was within 15 % of runs that were measured (docs/plan.md); what fits by less than that is tight.[/dim]")
     if any(plan.step_seconds is not None for plan in page.full):
-        console.print("[dim]Times are good to about a third: other work on this machine counts double.[/dim]")
+        console.print("[dim]Times were taken now on this machine, operator by operator: read them as a first idea; other work counts double.[/dim]")
 
 
 def _grid() -> Table:

@@ -10,7 +10,7 @@ from typing import Any
 from finetune import engine, methods
 from finetune.errors import Problem
 from finetune.plan import process
-from finetune.plan.estimate import Prediction, predict
+from finetune.plan.estimate import HEADROOM, Prediction, predict
 from finetune.plan.files import artifact_bytes, checkpoint_bytes, disk_bytes
 from finetune.plan.pace import Pace, class_seconds, step_seconds
 from finetune.plan.skeleton import skeleton
@@ -37,6 +37,11 @@ class Plan:
         return self.prediction.peak <= self.limit if self.limit else None
 
     @property
+    def tight(self) -> bool:
+        """Whether it fits by less than predictions were off."""
+        return bool(self.fits) and HEADROOM * self.prediction.peak > self.limit
+
+    @property
     def total_seconds(self) -> float | None:
         """Steps and class pictures."""
         return None if self.step_seconds is None else self.step_seconds * self.settings.steps + (self.class_seconds or 0.0)
@@ -46,7 +51,7 @@ class Plan:
         return self.prediction.as_dict() | {
             "step_seconds": self.step_seconds, "measured_share": round(self.measured, 3), "class_seconds": self.class_seconds,
             "total_seconds": self.total_seconds, "artifact_bytes": self.artifact, "checkpoint_bytes": self.checkpoint, "disk_bytes": self.disk,
-            "fits": self.fits}
+            "fits": self.fits, "tight": self.tight}
 
 
 @dataclass
@@ -84,7 +89,7 @@ class Planner:
         self.given, self.pictures = limit is not None, pictures
 
     def plans(self, asked: dict[str, TrainSettings], others: dict[str, TrainSettings], table: bool) -> Page:
-        """Plans in full of what was asked, and a row for each rung of it and of the other methods."""
+        """Plans in full of what was asked, and a row for each rung of it; of the other methods down to the first rung that fits."""
         refused: dict[str, Problem] = {}
         full = [plan for settings in asked.values() if (plan := self._try(refused, settings, self.full))]
         rows = []
@@ -93,6 +98,8 @@ class Planner:
                 done = next((plan for plan in full if plan.prediction.method == settings.METHOD and plan.prediction.rung == rung), None)
                 plan = done or self._try(refused, settings.model_copy(update={"memory": rung}), self.plain)
                 rows += [plan] if plan else []
+                if settings.METHOD not in asked and plan and plan.fits is not False:
+                    break
         if not full:
             raise next(iter(refused.values()))
         return Page(full, rows, self.limit, self.given, {name: problem.what for name, problem in refused.items()})

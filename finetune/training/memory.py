@@ -13,6 +13,8 @@ from finetune.methods.base import Method
 from finetune.model.base import Base
 from finetune.settings import TrainSettings
 
+WORTH_A_PLAN = 300.0  # seconds of training
+
 
 def settled(settings: TrainSettings, method: Method, device: torch.device) -> tuple[TrainSettings, list[str]]:
     """The settings as this device and the rung have them, and a line on each thing that was changed.
@@ -33,8 +35,8 @@ def settled(settings: TrainSettings, method: Method, device: torch.device) -> tu
 
 
 def beside_the_plan(settings: TrainSettings, base: Base, manifest: dict[str, Any]) -> list[str]:
-    """What was planned beside what was, for bases large enough that anybody plans."""
-    if sum(value.numel() for value in base.unet.parameters()) < LARGE:
+    """What was planned beside what was, after runs long enough that a plan's seconds are nothing."""
+    if manifest["seconds"]["training"] < WORTH_A_PLAN or sum(value.numel() for value in base.unet.parameters()) < LARGE:
         return []
     from finetune.plan import estimate, reality
     from finetune.plan.skeleton import skeleton
