@@ -13,6 +13,7 @@ import pytest
 from finetune.cli import quiet
 
 quiet.hush()
+quiet.hide()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ.setdefault("COLUMNS", "80")
 

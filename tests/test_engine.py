@@ -43,7 +43,7 @@ def test_rungs_change_what_was_not_given() -> None:
 
 
 def test_without_bitsandbytes_the_ladder_stays_possible(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ladder.quantizer, "available", lambda: False)
     assert ladder.apply(LORA(), "lowest", whole=False).frozen == "bf16"
     assert ladder.apply(DREAMBOOTH(), "lowest", whole=True).optimizer == "adamw"
 

@@ -123,9 +123,16 @@ def test_encoders_leave_memory_and_come_back(tiny_model: Path) -> None:
     assert base.freed() == ["text_encoder", "vae"] and base.recall("unet") == []
 
 
-def test_the_manifest_says_how_it_ran(tiny_model: Path, pictures_dir: Path, tmp_path: Path) -> None:
-    run(tmp_path / "run", "lora", tiny_model, pictures_dir, memory="low")
-    assert json.loads((tmp_path / "run" / "settings.json").read_text())["frozen"] == "bf16"
+def test_a_resumed_run_stands_on_the_rung_it_stood_on(tiny_model: Path, pictures_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.plan import estimate
+
+    monkeypatch.setattr(estimate, "choose", lambda settings: "low")
+    whole = run(tmp_path / "whole", "lora", tiny_model, pictures_dir, schedule="constant")
+    run(tmp_path / "cut", "lora", tiny_model, pictures_dir, schedule="constant", steps=2, checkpoint_every=2)
+    told = json.loads((tmp_path / "cut" / "settings.json").read_text())
+    assert (told["memory"], told["frozen"], told["rung"]) == ("auto", "auto", "low")
+    monkeypatch.setattr(estimate, "choose", lambda settings: "fast")  # now there is room
+    assert run(tmp_path / "cut", "lora", tiny_model, pictures_dir, schedule="constant", resume=True)[1] == whole[1]
 
 
 def test_bf16_without_instructions_is_kept_in_bf16_and_computed_in_fp32(tiny_model: Path, pictures_dir: Path, tmp_path: Path,

@@ -10,6 +10,7 @@ def main(args: Sequence[str] | None = None) -> None:
     from finetune.cli import quiet
 
     quiet.hush()
+    quiet.hide()
     from finetune.cli.app import run
 
     raise SystemExit(run(args))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 
 SETTINGS = {
@@ -35,6 +36,11 @@ def hush() -> None:
         os.environ.setdefault(name, value)
     for message, module in WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=module)
+
+
+def hide() -> None:
+    """Keep libraries from importing bitsandbytes for nothing, see `finetune.engine.quantizer`."""
+    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 
 def libraries() -> None:

@@ -118,7 +118,7 @@ def unfair(rows: list[Row], meant: Iterable[str] = ()) -> list[str]:
 def same(row: Row, written: dict[str, Any]) -> bool:
     """Whether settings on disk are this row's, up to what cannot change the result."""
     wanted = json.loads(row.settings.model_dump_json())
-    return all(wanted.get(key) == written.get(key) for key in wanted.keys() | written.keys() if key not in (*INCIDENTAL, "method"))
+    return all(wanted.get(key) == written.get(key) for key in wanted.keys() | written.keys() if key not in (*INCIDENTAL, "method", "rung"))
 
 
 def recipe_text(row: Row) -> str:

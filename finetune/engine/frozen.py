@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetune.engine import quantizer
 from finetune.errors import Problem
 from finetune.settings import TrainSettings
 
@@ -75,7 +76,7 @@ def store(unet: nn.Module, settings: TrainSettings) -> None:
 def _quantize(unet: nn.Module, wanted: str, settings: TrainSettings) -> None:
     """Every Linear layer by bitsandbytes' own: LLM.int8 (Dettmers et al. 2022) or NF4 (Dettmers et al. 2023, sec. 3)."""
     try:
-        from bitsandbytes.nn import Linear4bit, Linear8bitLt
+        layers = quantizer.load("nn")
     except ImportError:
         raise Problem(f"--frozen {wanted} needs the package bitsandbytes.", "It is not installed.",
                       "pip install 'finetune[memory]', or use --frozen bf16.") from None
@@ -86,9 +87,9 @@ def _quantize(unet: nn.Module, wanted: str, settings: TrainSettings) -> None:
     for name, layer in found:
         place, _, leaf = name.rpartition(".")
         device, bias = layer.weight.device, layer.bias is not None
-        new: Any = (Linear4bit(layer.in_features, layer.out_features, bias, compute_dtype=HALF.get(settings.precision, torch.float32),
+        new: Any = (layers.Linear4bit(layer.in_features, layer.out_features, bias, compute_dtype=HALF.get(settings.precision, torch.float32),
                                quant_type="nf4") if wanted == "4bit" else
-                    Linear8bitLt(layer.in_features, layer.out_features, bias, has_fp16_weights=False, threshold=6.0))
+                    layers.Linear8bitLt(layer.in_features, layer.out_features, bias, has_fp16_weights=False, threshold=6.0))
         new.load_state_dict(layer.state_dict())
         setattr(unet.get_submodule(place), leaf, new.to(device).requires_grad_(False))
 

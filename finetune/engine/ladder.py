@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, TypeVar
 
+from finetune.engine import quantizer
 from finetune.settings import TrainSettings
 
 RUNGS = ("fast", "low", "lowest")
@@ -25,14 +25,14 @@ def changes(settings: TrainSettings, rung: str, whole: bool) -> dict[str, Any]:
     Args:
         whole: the method trains the whole UNet, so that its optimizer is what fills memory; otherwise frozen weights do.
     """
-    quantizer = importlib.util.find_spec("bitsandbytes") is not None
+    installed = quantizer.available()
     found: dict[str, Any] = {}
     if rung == "fast":
         return found
-    if whole and quantizer:
+    if whole and installed:
         found["optimizer"] = "adamw8bit"
     if not whole:
-        found["frozen"] = "4bit" if rung == "lowest" and quantizer else "bf16"
+        found["frozen"] = "4bit" if rung == "lowest" and installed else "bf16"
     if rung == "lowest":
         found["gradient_checkpointing"] = True
         if settings.batch_size > 1:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.engine import quantizer
 from finetune.errors import Problem
 from finetune.settings import TrainSettings
 
@@ -32,10 +33,9 @@ def make_optimizer(groups: Iterable[Any], settings: TrainSettings) -> Any:
 def _eight_bit() -> Any:
     """bitsandbytes' AdamW with block-wise 8-bit state (Dettmers et al. 2022)."""
     try:
-        from bitsandbytes.optim import AdamW8bit
+        return quantizer.load("optim").AdamW8bit
     except ImportError:
         raise Problem("--optimizer adamw8bit needs the package bitsandbytes.", "It is not installed.", "pip install 'finetune[memory]'") from None
-    return AdamW8bit
 
 
 class InBackward:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,25 +29,7 @@ def load_parts(location: Location, dtype: torch.dtype, unet_dtype: torch.dtype |
     Raises:
         Problem: the files are damaged or do not fit their configuration.
     """
-    _import_libraries()
     return _from_folder(location, dtype, unet_dtype, base_hash, unet_later) if location.kind == "folder" else _from_file(location, dtype)
-
-
-def _import_libraries() -> None:
-    """Import what every base needs, without bitsandbytes.
-
-    PEFT imports bitsandbytes wherever it is installed, and with it torch's whole compiler: seconds before the first step, for
-    quantized layers of PEFT's own that nothing here uses. Who asks for 8 or 4 bits imports it then (`finetune.engine`).
-    """
-    hidden = "peft" not in sys.modules and "bitsandbytes" not in sys.modules
-    if hidden:
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # to whoever looks for it, it is not installed
-    try:
-        import diffusers.models  # noqa: F401
-        import peft  # noqa: F401
-    finally:
-        if hidden:
-            sys.modules.pop("bitsandbytes", None)
 
 
 def load_part(location: Location, name: str, dtype: torch.dtype, unet_dtype: torch.dtype | None = None) -> nn.Module:

@@ -24,7 +24,7 @@ def settled(settings: TrainSettings, method: Method, device: torch.device) -> tu
     before = settings.output / "settings.json"
     rung = settings.memory
     if settings.resume and rung == "auto" and before.is_file():
-        rung = runs.read_json(before).get("memory", "fast")
+        rung = runs.read_json(before).get("rung", "fast")
     if rung == "auto":
         from finetune.plan.estimate import choose
 

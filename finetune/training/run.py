@@ -62,7 +62,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     started = time.perf_counter()
     device = pick_device(settings.device)
     _check_precision(settings, device)
-    settings, notes = memory.settled(settings, method, device)
+    given, (settings, notes) = settings, memory.settled(settings, method, device)
     method.settings = settings
     intake = data.intake(settings)
     AcceleratorState._reset_state()  # a process may train several times, in several precisions
@@ -73,7 +73,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     base = load(settings.model, accelerator.device, unet_dtype=None if method.replaces else engine.weights_dtype(settings),
                 unet_later=settings.free_encoders)
     manifest = _manifest(settings, method, base, intake)
-    runs.write_json(folder / "settings.json", settings.model_dump(mode="json") | {"method": method.name})
+    runs.write_json(folder / "settings.json", given.model_dump(mode="json") | {"method": method.name, "rung": settings.memory})
     runs.write_json(folder / "manifest.json", manifest)
     classes, class_seconds = _class_pictures(settings, method, base, console)
     captions = data.caption_candidates(intake.pictures, method.templates(), method.subject)
