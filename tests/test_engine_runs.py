@@ -169,3 +169,15 @@ def test_broken_numbers_stop_before_the_optimizer(waits: bool, inside: bool, tin
     assert not torch.equal(seen[1], seen[2])
     if waits:
         assert torch.equal(seen[3], seen[2])  # the broken step was left out
+
+
+@pytest.mark.parametrize("switch", [{"frozen": "bf16"}, {"frozen": "4bit"}, {"precision": "bf16"}, {"prior": "distill", "frozen": "bf16"}], ids=str)
+def test_prior_preservation_over_a_base_in_fewer_bytes(switch: dict[str, Any], tiny_model: Path, pictures_dir: Path, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class pictures are drawn by the base as it is kept, under a name of their own; asking for them brings no encoder back."""
+    monkeypatch.setattr(frozen, "computes_bf16", lambda device: True)
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    run(tmp_path / "wide", "lora", tiny_model, pictures_dir, prior="images", steps=1)
+    metrics, _ = run(tmp_path / "run", "lora", tiny_model, pictures_dir, **({"prior": "images"} | switch), steps=1)
+    assert all(line["loss"] > 0 for line in metrics if "loss" in line)
+    assert len(list((tmp_path / "cache" / "class-images").iterdir())) == (1 if switch.get("prior") else 2)

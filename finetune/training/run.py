@@ -88,7 +88,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         runs.trim_metrics(folder, state.step)
         artifacts.drop_later(folder, state)
     announce(console, settings, method, base, intake, classes, source, state)
-    _encode_prompts(settings, base, source)
+    _encode_prompts(settings, method, base, source)
     if settings.keep_pages and method.replaces and device.type == "cpu":  # gradients as large as the model; elsewhere it costs more than it saves
         engine.keep_pages()
     with _finish_on_failure(folder, manifest):
@@ -156,11 +156,16 @@ def _class_pictures(settings: TrainSettings, method: Method, base: Base, console
             console.print(f"class picture {file} is skipped: {reason}", soft_wrap=True)
         return found.pictures or data.own_class_images(settings.class_dir, settings.max_pixels), 0.0  # the latter refuses
     base.recall("unet")
+    kept = "fp32" if method.replaces else engine.format_of(settings)
+    if kept != "fp32":  # the base as it will be trained on, and pictures that are not taken for those of the whole one
+        engine.store(base.unet, settings)
     started = time.perf_counter()
-    sampler = {"steps": settings.class_steps, "guidance": settings.class_guidance, "size": settings.resolution, "sampler": "dpm++"}
+    sampler = {"steps": settings.class_steps, "guidance": settings.class_guidance, "size": settings.resolution, "sampler": "dpm++",
+               **({} if kept == "fp32" else {"frozen": kept, "precision": settings.precision})}
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Any]:
-        return render(base, prompts, seeds, steps=settings.class_steps, guidance=settings.class_guidance, size=settings.resolution)
+        with engine.autocast(settings, base.device) if kept != "fp32" else contextlib.nullcontext():
+            return render(base, prompts, seeds, steps=settings.class_steps, guidance=settings.class_guidance, size=settings.resolution)
 
     with Meter(console, "class pictures", settings.class_images) as meter:
         pictures = data.class_images(_cache() / "class-images", method.class_prompt, settings.class_images, settings.seed, base.hash, sampler, draw,
@@ -181,10 +186,10 @@ def _encode_pictures(settings: TrainSettings, base: Base, source: Any, accelerat
         base.free("vae")
 
 
-def _encode_prompts(settings: TrainSettings, base: Base, source: Any) -> None:
+def _encode_prompts(settings: TrainSettings, method: Method, base: Base, source: Any) -> None:
     """Encode every prompt once and let the text encoders go, unless they train or learn a word."""
     if not any(value.requires_grad for _, encoder, _ in base.encoders() for value in encoder.parameters()):
-        encode_cached(base, source.captions())
+        encode_cached(base, [*source.captions(), *([method.class_prompt] if settings.prior == "distill" else [])])
         if settings.free_encoders:
             base.free(*(name for name, _, _ in base.encoders()))
 
