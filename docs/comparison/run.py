@@ -31,7 +31,7 @@ class Study:
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     subjects: str | None = FEW
     pictures: int | None = None
-    evaluation_seeds: int = 2
+    evaluation_seeds: int = 1
 
 
 def vectors(count: int) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def together(cell: Cell, todo: dict[str, str | None], console: Console) -> None:
 
 def job(cell: Cell, row: Row, flag: str) -> jobs.Job:
     """The training of one row as a job."""
-    words = lambda: [row.method, "--recipe", str(recipe(cell, row)), *([flag] if flag else [])]  # noqa: E731
+    words = lambda: [row.method, "--recipe", str(recipe(cell, row)), "--keep-checkpoints", "0", *([flag] if flag else [])]  # noqa: E731
     return jobs.Job(row.name, row.name, cell.name, words, cell.folder / "logs" / f"{row.name}.log", lambda trouble: cell.note(row, trouble))
 
 

@@ -109,9 +109,14 @@ class TrainSettings(RunSettings):
 
     output: Path | None = setting(None, "folder of the run [default: runs/METHOD-NUMBER]", group="run")
     resume: bool = setting(False, "go on from the newest complete checkpoint of --output", group="run")
+    resume_anyway: bool = setting(
+        False, "resume under settings other than the checkpoint's, where its tensors fit; the result is then that of no single run", group="run")
     overwrite: bool = setting(False, "clear a finished run in --output first", group="run")
     checkpoint_every: int = setting(500, "save a checkpoint every so many steps; 0: only when interrupted", unit="steps", group="run", ge=0)
-    keep_checkpoints: int = setting(1, "complete checkpoints to keep", group="run", ge=1)
+    keep_checkpoints: int = setting(1, "complete checkpoints to keep; 0: one while the run goes on, none when it has finished", group="run", ge=0)
+    on_nonfinite: Literal["stop", "skip"] = setting(
+        "stop", "a loss or gradient that is not a finite number: stop before it is learned, or leave that step out", group="run")
+    skip_at_most: int = setting(10, "steps that --on-nonfinite skip may leave out in a row", unit="steps", group="run", ge=1)
     log_every: int = setting(10, "write loss and speed to metrics.jsonl every so many steps", unit="steps", group="run", ge=1)
     validate_every: int = setting(50, "loss on the fixed set of noises and timesteps every so many steps; 0 is off", unit="steps", group="run", ge=0)
     preview_every: int = setting(0, "render previews every so many steps; 0 is off", unit="steps", group="run", ge=0)

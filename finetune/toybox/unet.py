@@ -104,7 +104,8 @@ def train_unet(work: Path, steps: int = 5200, seed: int = 0, console: Console | 
     base.unet.to(memory_format=torch.channels_last)
     values = settings.model_dump(mode="json")
     if checkpoint.complete(folder):
-        checkpoint.restore(folder, state, values)
+        checkpoint.check(folder, values)
+        checkpoint.restore(folder, state)
     losses: list[float] = []
     started = time.perf_counter()
     with Meter(console, "unet", steps, state.step) as meter:

@@ -267,7 +267,8 @@ def train(base: Base, method: Widened, settings: Settings, work: Path, console: 
     base.unet.to(memory_format=torch.channels_last)
     source, values = ShotSource(base, method, settings), settings.model_dump(mode="json")
     if checkpoint.complete(work):
-        checkpoint.restore(work, state, values)
+        checkpoint.check(work, values)
+        checkpoint.restore(work, state)
     else:
         runs.append_metrics(work, step=0, validation_loss=validation_loss(base, method, source, settings))
     losses: list[float] = []

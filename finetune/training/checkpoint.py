@@ -22,7 +22,9 @@ from finetune.training.loop import State
 HARMLESS = {"steps", "output", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "log_every", "validate_every",
             "preview_every", "preview_prompt", "export_dtype", "device", "stop", "stop_window", "stop_threshold", "export_every", "keep",
             "judge", "clip", "encoder", "export", "push_to_hub", "memory", "memory_limit", "free_encoders", "latent_cache", "keep_pages", "lean", "step_in_backward",
-            "gradient_checkpointing"}
+            "gradient_checkpointing", "resume_anyway", "on_nonfinite", "skip_at_most"}
+# What a checkpoint's tensors mean nothing without.
+ESSENTIAL = {"method", "model_hash", "optimizer"}
 
 
 def save(folder: Path, state: State, settings: dict[str, Any], keep: int) -> Path:
@@ -49,33 +51,75 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in (folder / "checkpoints").glob("*/manifest.json"))
 
 
-def restore(folder: Path, state: State, settings: dict[str, Any]) -> None:
-    """Continue `state` from the newest complete checkpoint of a run.
+def check(folder: Path, facts: dict[str, Any], anyway: bool = False) -> list[str]:
+    """Look whether the newest complete checkpoint of a run continues as what `facts` say; nothing is changed.
+
+    Args:
+        facts: settings and what else the computation follows from, as `save` was given them. What only one side knows of,
+            as programs of different age do, is not compared.
+        anyway: let differences pass that leave the tensors their meaning.
+
+    Returns: the differences that were let pass, for people.
 
     Raises:
-        Problem: none there, damaged, or made under settings that change the computation (they are listed).
+        Problem: there is no checkpoint, or it was made under settings that change the computation (they are listed).
     """
-    found = complete(folder)
-    if not found:
-        raise Problem(f"There is no complete checkpoint in {folder}.", "Nothing can be resumed.", "Start without --resume.")
-    newest = found[-1]
-    manifest = runs.read_json(newest / "manifest.json")
-    differing = [f"{key} (was {manifest['settings'].get(key)!r}, is {settings[key]!r})" for key in settings
-                 if key not in HARMLESS and manifest["settings"].get(key) != settings[key]]
-    if differing:
-        raise Problem(f"The checkpoint {newest} was made under other settings.", "They differ in " + "; ".join(differing) + ".",
-                      "Resume with the old settings, or start a new run with another --output.")
+    newest = _newest(folder)
+    before = _manifest(newest)["settings"]
+    differing = [key for key in facts if key in before and key not in HARMLESS and before[key] != facts[key]]
+    listed = [f"{key} (was {before[key]!r}, is {facts[key]!r})" for key in differing]
+    if differing and not anyway:
+        helped = not ESSENTIAL & set(differing)
+        raise Problem(f"The checkpoint {newest} was made under other settings.", "They differ in " + "; ".join(listed) + ".",
+                      "Resume with the old settings, or start a new run with another --output" +
+                      ("; --resume-anyway goes on if the tensors fit." if helped else "."))
+    if ESSENTIAL & set(differing):
+        raise Problem(f"The checkpoint {newest} cannot be continued like this, not even with --resume-anyway.",
+                      "They differ in " + "; ".join(listed) + ".", "Start a new run with another --output.")
+    return listed
+
+
+def restore(folder: Path, state: State) -> None:
+    """Continue `state` from the newest complete checkpoint of a run, which `check` has looked at.
+
+    Raises:
+        Problem: none there, damaged, or its tensors are not those of the run.
+    """
+    newest = _newest(folder)
+    manifest = _manifest(newest)
     for name, digest in manifest["files"].items():
-        if runs.sha256(newest / name) != digest:
+        if not (newest / name).is_file() or runs.sha256(newest / name) != digest:
             raise Problem(f"The checkpoint file {newest / name} is damaged.", "Its SHA-256 is not the one in its manifest.",
                           f"Remove {newest} to fall back to the one before.")
     trained = load_file(newest / "trained.safetensors")
+    live = {f"{prefix}/{name}": value for prefix, values in (("parameter", state.parameters), ("extra", state.extra)) for name, value in values.items()}
+    wrong = [name for name in trained.keys() | live.keys()
+             if name not in trained or name not in live or trained[name].shape != live[name].shape]
+    if wrong:
+        raise Problem(f"The checkpoint {newest} does not fit this run.", f"{len(wrong)} tensors are missing or of another shape, {min(wrong)!r} for one.",
+                      "Resume with the settings it was made under, or start a new run with another --output.")
     with torch.no_grad():
-        for prefix, live in (("parameter", state.parameters), ("extra", state.extra)):
-            for name, value in live.items():
-                value.copy_(trained[f"{prefix}/{name}"])
+        for name, value in live.items():
+            value.copy_(trained[name])
     _restore_optimizer(state, load_file(newest / "optimizer.safetensors"), manifest["optimizer"])
     state.step = manifest["step"]
+
+
+def _newest(folder: Path) -> Path:
+    found = complete(folder)
+    if not found:
+        raise Problem(f"There is no complete checkpoint in {folder}.", "A run keeps one every --checkpoint-every steps, and when it is interrupted.",
+                      "Start again with --overwrite instead of --resume.")
+    return found[-1]
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    try:
+        found = runs.read_json(checkpoint / "manifest.json")
+        return {key: found[key] for key in ("step", "settings", "optimizer", "files")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise Problem(f"{checkpoint / 'manifest.json'} is damaged.", f"It does not read as a checkpoint's manifest ({error}).",
+                      f"Remove {checkpoint} to fall back to the one before.") from None
 
 
 def _optimizer_tensors(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune import diffusion, draws, engine
-from finetune.errors import Problem
 from finetune.methods.base import Method
 from finetune.model.base import Base
 from finetune.training.finite import Guard
@@ -43,7 +42,10 @@ class State:
 
 @dataclass(frozen=True)
 class Progress:
-    """One finished step, for whoever watches. `loss` and `grad_norm` are tensors, so that looking costs, not running."""
+    """One finished step, for whoever watches. `loss` and `grad_norm` are tensors, so that looking costs, not running.
+
+    `told` says which steps were left out since the last time, `skipped` how many have been.
+    """
 
     step: int
     loss: Tensor
@@ -51,6 +53,8 @@ class Progress:
     learning_rate: float
     seconds: float
     cpu_seconds: float
+    told: list[str] = field(default_factory=list)
+    skipped: int = 0
 
 
 def prepare(base: Base, method: Method, settings: Any, accelerator: Accelerator) -> State:
@@ -94,32 +98,38 @@ def fit(base: Base, method: Method, source: Source, settings: Any, accelerator: 
     Raises:
         Problem: a loss or gradient that is not finite, before the optimizer has seen it.
     """
-    rank, world = accelerator.process_index, accelerator.num_processes
-    guard = Guard(state.optimizer, waits=base.device.type != "cpu")
+    guard = Guard(settings, state.optimizer, accelerator, lambda batch: timesteps_of(batch, settings.seed, len(base.schedule)))
     while state.step < settings.steps:
         started, busy = time.perf_counter(), time.process_time()
         _training_mode(base, method)
         rate = _set_learning_rate(state, settings)
-        total = torch.zeros((), device=base.device)
-        for micro in range(settings.accumulate):
-            batch = source.batch(state.step, micro, rank, world)
-            torch.manual_seed(draws.key(settings.seed, "dropout", state.step, micro, rank))
-            with accelerator.autocast():
-                loss = loss_of(base, method, batch, settings)
-            guard.note("loss", state.step, loss, batch)
-            accelerator.backward(loss / settings.accumulate)
-            total += loss.detach() / settings.accumulate
-        norm = _reduce_and_clip(state, settings, accelerator)
-        if norm is not None and accelerator.scaler is None:
-            guard.note("gradient", state.step, norm, batch)
-        guard.arm()
-        state.optimizer.step()
+        loss, batches = _backward(base, method, source, settings, accelerator, state.step, guard)
+        norm = _reduce_and_clip(state, settings, accelerator) if batches else None
+        checked = norm is not None and accelerator.scaler is None  # with a scaler, fp16's overflows are its own business
+        if batches and (not checked or guard.passes("gradient", state.step, norm, batches)):
+            guard.arm()
+            state.optimizer.step()
+            method.after_step(base)
         state.optimizer.zero_grad(set_to_none=True)
-        method.after_step(base)
         state.step += 1
-        if _looks(state.step, settings):
-            guard.look()
-        yield Progress(state.step, total, norm, rate, time.perf_counter() - started, time.process_time() - busy)
+        told = guard.look() if _looks(state.step, settings) else []
+        yield Progress(state.step, loss, norm, rate, time.perf_counter() - started, time.process_time() - busy, told, guard.skipped)
+
+
+def _backward(base: Base, method: Method, source: Source, settings: Any, accelerator: Accelerator, step: int, guard: Guard) -> tuple[Tensor, list[Any]]:
+    """Gradients of all micro-batches of a step; their mean loss, and the micro-batches, or none where a loss was broken."""
+    total, batches = torch.zeros((), device=base.device), []
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for micro in range(settings.accumulate):
+        batches.append(source.batch(step, micro, rank, world))
+        torch.manual_seed(draws.key(settings.seed, "dropout", step, micro, rank))
+        with accelerator.autocast():
+            loss = loss_of(base, method, batches[-1], settings)
+        total += loss.detach() / settings.accumulate
+        if not guard.passes("loss", step, loss.detach(), batches[-1:]):
+            return total, []
+        accelerator.backward(loss / settings.accumulate)
+    return total, batches
 
 
 def _looks(step: int, settings: Any) -> bool:

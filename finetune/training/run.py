@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import platform
-import resource
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from rich.console import Console
+from rich.markup import escape
 
-import finetune
 from finetune import data, draws, engine, methods, runs
 from finetune.errors import Problem
 from finetune.methods.base import Method
@@ -31,20 +26,21 @@ from finetune.model.families import CHANNELS, locate
 from finetune.model.sampling import render
 from finetune.model.text import encode_cached
 from finetune.settings import TrainSettings
-from finetune.training import artifacts, checkpoint, memory, stopping
+from finetune.training import artifacts, checkpoint, divergence, memory, processes, records, stopping
 from finetune.training.announce import announce
-from finetune.training.artifacts import LIBRARIES
 from finetune.training.loop import Progress, State, at_rest, fit, prepare, validation_loss
 from finetune.training.meter import Meter
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How the steps ended: seconds inside them by the clock and of all cores, and why: all were taken, the loss has settled, or a signal came."""
+    """How the steps ended: seconds inside them by the clock and of all cores, why (all were taken, the loss has settled, or a signal
+    came), and how many were left out for a broken number."""
 
     seconds: float
     cpu_seconds: float
     reason: Literal["steps", "dvar", "signal"]
+    skipped: int = 0
 
 
 def train(settings: TrainSettings, console: Console | None = None) -> Path:
@@ -58,24 +54,26 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     method.check()
     artifacts.check_targets(settings, method)
     _check_variant(settings)
-    folder = _open_folder(settings)
     started = time.perf_counter()
     device = pick_device(settings.device)
     _check_precision(settings, device)
+    accelerator = processes.start(settings, device)
+    console, writes = processes.console_of(accelerator, console), accelerator.is_main_process
+    settings.output = folder = processes.shared(accelerator, lambda: _open_folder(settings))
     given, (settings, notes) = settings, memory.settled(settings, method, device)
     method.settings = settings
     intake = data.intake(settings)
-    AcceleratorState._reset_state()  # a process may train several times, in several precisions
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision), cpu=device.type == "cpu")
-    if accelerator.num_processes > 1:
-        raise Problem(f"This run was started as {accelerator.num_processes} processes.", "Training writes its folder from one process.",
-                      "Start it without torchrun or accelerate launch.")
     base = load(settings.model, accelerator.device, unet_dtype=None if method.replaces else engine.weights_dtype(settings),
                 unet_later=settings.free_encoders)
-    manifest = _manifest(settings, method, base, intake)
-    runs.write_json(folder / "settings.json", given.model_dump(mode="json") | {"method": method.name, "rung": settings.memory})
-    runs.write_json(folder / "manifest.json", manifest)
-    classes, class_seconds = _class_pictures(settings, method, base, console)
+    manifest = records.opening(settings, method, base, intake) | ({"processes": accelerator.num_processes} if accelerator.num_processes > 1 else {})
+    facts = records.facts(settings, method, base, intake, accelerator)
+    if settings.resume:
+        manifest |= records.resumed_with(checkpoint.check(folder, facts, settings.resume_anyway), console)
+    if writes:
+        runs.write_json(folder / "settings.json", given.model_dump(mode="json") | {"method": method.name, "rung": settings.memory})
+        runs.write_json(folder / "manifest.json", manifest)
+    with accelerator.main_process_first():  # the others find them in the cache
+        classes, class_seconds = _class_pictures(settings, method, base, console)
     captions = data.caption_candidates(intake.pictures, method.templates(), method.subject)
     source = data.source(settings, intake, classes, base.vae, captions, method.class_prompt if classes else "", base.device,
                          data.cache_folder(_cache() / "latents", settings, base.hash))
@@ -84,26 +82,35 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     state = prepare(base, method, settings, accelerator)
     state.notes[:0] = notes
     if settings.resume:
-        checkpoint.restore(folder, state, settings.model_dump(mode="json"))
-        runs.trim_metrics(folder, state.step)
-        artifacts.drop_later(folder, state)
+        checkpoint.restore(folder, state)
+        if writes:
+            runs.trim_metrics(folder, state.step)
+            artifacts.drop_later(folder, state)
+        accelerator.wait_for_everyone()
     announce(console, settings, method, base, intake, classes, source, state)
     _encode_prompts(settings, method, base, source)
     if settings.keep_pages and method.replaces and device.type == "cpu":  # gradients as large as the model; elsewhere it costs more than it saves
         engine.keep_pages()
-    with _finish_on_failure(folder, manifest):
-        ending = _steps(folder, settings, method, base, source, accelerator, state, console)
+    with records.finish_on_failure(folder, manifest, writes):
+        ending = _steps(folder, settings, method, base, source, accelerator, state, console, facts)
         if ending.reason == "signal":
-            _note_stop(folder, manifest, state, console)
+            if writes:
+                records.note_stop(folder, manifest, state, console)
             return folder
-        artifacts.export(folder, settings, method, base, len(intake.pictures), state.step)
+        if writes:
+            artifacts.export(folder, settings, method, base, len(intake.pictures), state.step)
     seconds = {"total": time.perf_counter() - started, "training": ending.seconds, "class_images": class_seconds,
                "per_step": ending.seconds / state.step, "training_cpu": ending.cpu_seconds}
-    manifest |= _length(settings, state.step)
+    manifest |= records.length(settings, state.step)
     if ending.reason == "dvar":
         manifest["stopped"] = {"reason": "dvar", "step": state.step, "planned": settings.steps}
         console.print(f"The loss on the fixed set has settled: ended after step {state.step} of {settings.steps}.")
-    _close(folder, manifest, state, seconds, console)
+    manifest |= {"steps_left_out": ending.skipped} if ending.skipped else {}
+    if not writes:
+        return folder
+    if not settings.keep_checkpoints:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    records.close(folder, manifest, state, seconds, console)
     for line in memory.beside_the_plan(settings, base, manifest):
         console.print(line, soft_wrap=True)
     return folder
@@ -195,43 +202,51 @@ def _encode_prompts(settings: TrainSettings, method: Method, base: Base, source:
 
 
 def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, source: Any, accelerator: Accelerator, state: State,
-           console: Console) -> Ending:
-    """All steps, or fewer when the loss has settled, with logging, validation, previews, artifacts and checkpoints."""
-    metrics = runs.read_metrics(folder)
+           console: Console, facts: dict[str, Any]) -> Ending:
+    """All steps, or fewer when the loss has settled, with logging, validation, previews, artifacts and checkpoints.
+
+    Args:
+        facts: what a checkpoint's numbers follow from.
+    """
+    metrics, writes, watch = runs.read_metrics(folder), accelerator.is_main_process, divergence.Watch()
     last_line = next((line for line in reversed(metrics) if "seconds" in line), {})
-    spent, busy = last_line.get("seconds", 0.0), last_line.get("cpu_seconds", 0.0)
+    spent, busy, before = (last_line.get(key, 0) for key in ("seconds", "cpu_seconds", "left_out"))
+    skipped = before
     watched = stopping.looked_at(metrics, settings.validate_every) if settings.validate_every else []
+    accelerator.wait_for_everyone()  # all have read before anyone writes
     if state.step == 0 and settings.validate_every:
-        watched.append(_validate(folder, settings, method, base, source, 0))
+        watched.append(_validate(folder, settings, method, base, source, 0, writes))
     if _settled(settings, watched):  # a run that had settled is resumed: its checkpoint is where it ends
-        return Ending(spent, busy, "dvar")
-    values, losses = settings.model_dump(mode="json"), []
+        return Ending(spent, busy, "dvar", skipped)
+    losses: list[torch.Tensor] = []
     with _interrupts() as interrupted, Meter(console, method.name, settings.steps, state.step) as meter:
         for progress in fit(base, method, source, settings, accelerator, state):
-            spent, busy = spent + progress.seconds, busy + progress.cpu_seconds
+            spent, busy, skipped = spent + progress.seconds, busy + progress.cpu_seconds, before + progress.skipped
             losses.append(progress.loss)
             last = state.step == settings.steps
             if _due(settings.validate_every, state.step, last):
-                loss = _validate(folder, settings, method, base, source, state.step)
+                loss = _validate(folder, settings, method, base, source, state.step, writes)
                 watched += [loss] if state.step % settings.validate_every == 0 else []
             done = _settled(settings, watched) and not last
             last = last or done
-            signalled = interrupted() and not last
+            signalled = processes.anyone(accelerator, interrupted()) and not last
             artifact = _due(settings.export_every, state.step, last)
-            keep = signalled or done or _due(settings.checkpoint_every, state.step)
+            keep = signalled or done or _due(settings.checkpoint_every, state.step, last and _stays(settings, state.step))
             if state.step % settings.log_every == 0 or last or keep or artifact:
-                _log(folder, progress, losses, spent, busy)
-                meter.to(state.step, loss=float(torch.stack(losses).mean()))
+                told = _log(folder, progress, losses, spent, busy, skipped, watch, writes)
+                for line in [*progress.told, *told]:
+                    console.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
+                meter.to(state.step, loss=float(torch.stack(losses).nanmean()))
                 losses.clear()
-            if _due(settings.preview_every, state.step, last):
+            if writes and _due(settings.preview_every, state.step, last):
                 _preview(folder, settings, method, base, state.step)
-            if artifact:  # before the checkpoint: what a checkpoint leaves behind is there
+            if writes and artifact:  # before the checkpoint: what a checkpoint leaves behind is there
                 artifacts.export(artifacts.along_the_way(folder, state.step), settings, method, base, len(source.pictures["instance"]), state.step)
-            if keep:
-                checkpoint.save(folder, state, values, settings.keep_checkpoints)
+            if writes and keep:
+                checkpoint.save(folder, state, facts, max(1, settings.keep_checkpoints))
             if done or signalled:
-                return Ending(spent, busy, "dvar" if done else "signal")
-    return Ending(spent, busy, "steps")
+                return Ending(spent, busy, "dvar" if done else "signal", skipped)
+    return Ending(spent, busy, "steps", skipped)
 
 
 def _due(every: int, step: int, last: bool = False) -> bool:
@@ -239,23 +254,36 @@ def _due(every: int, step: int, last: bool = False) -> bool:
     return every > 0 and (step % every == 0 or last)
 
 
+def _stays(settings: TrainSettings, step: int) -> bool:
+    """Whether a checkpoint stays with a finished run, from which more steps can go on: where it takes the place of an earlier one."""
+    return settings.keep_checkpoints > 0 and step > settings.checkpoint_every
+
+
 def _settled(settings: TrainSettings, watched: list[float]) -> bool:
     """Whether --stop dvar ends the run, given the fixed set's losses so far."""
     return settings.stop == "dvar" and stopping.settled(watched, settings.stop_window, settings.stop_threshold)
 
 
-def _validate(folder: Path, settings: TrainSettings, method: Method, base: Base, source: Any, step: int) -> float:
-    """The loss on the fixed set, noted in metrics.jsonl."""
+def _validate(folder: Path, settings: TrainSettings, method: Method, base: Base, source: Any, step: int, writes: bool) -> float:
+    """The loss on the fixed set, noted in metrics.jsonl by the process that writes."""
     loss = validation_loss(base, method, source, settings)
-    runs.append_metrics(folder, step=step, validation_loss=loss)
+    if writes:
+        runs.append_metrics(folder, step=step, validation_loss=loss)
     return loss
 
 
-def _log(folder: Path, progress: Progress, losses: list[torch.Tensor], spent: float, busy: float) -> None:
-    """One line of metrics: the mean loss since the last line, and the sums so far."""
+def _log(folder: Path, progress: Progress, losses: list[torch.Tensor], spent: float, busy: float, skipped: int, watch: divergence.Watch,
+         writes: bool) -> list[str]:
+    """One line of metrics: the mean loss since the last line, and the sums so far; what is to be told of the losses."""
+    found = torch.stack(losses)
+    found = found[torch.isfinite(found)]
     norm = None if not progress.grad_norm else float(progress.grad_norm)  # stepping in the backward pass has none
-    runs.append_metrics(folder, step=progress.step, loss=float(torch.stack(losses).mean()), learning_rate=progress.learning_rate,
-                        grad_norm=norm, seconds=round(spent, 4), cpu_seconds=round(busy, 4))
+    if writes:
+        runs.append_metrics(folder, step=progress.step, loss=float(found.mean()) if len(found) else None, learning_rate=progress.learning_rate,
+                            grad_norm=norm if norm is not None and math.isfinite(norm) else None, seconds=round(spent, 4),
+                            cpu_seconds=round(busy, 4), **({"left_out": skipped} if skipped else {}))
+    times = watch.add(found.tolist())
+    return [divergence.sentence(times, progress.learning_rate)] if times else []
 
 
 def _preview(folder: Path, settings: TrainSettings, method: Method, base: Base, step: int) -> None:
@@ -270,56 +298,6 @@ def _preview(folder: Path, settings: TrainSettings, method: Method, base: Base, 
     for number, picture in enumerate(pictures):
         with runs.atomic_path(folder / "previews" / f"{step:07d}-{number}.png") as temporary:
             picture.save(temporary)
-
-
-def _manifest(settings: TrainSettings, method: Method, base: Base, intake: Any) -> dict[str, Any]:
-    """What is known before the first step."""
-    return {
-        "finetune": finetune.__version__, "method": method.name, "title": method.title, "paper": method.paper, "row": Path(settings.output).name, "status": "running",
-        "model": {"name": base.name, "family": base.family, "hash": base.hash, "prediction": base.prediction},
-        "subject": method.subject, "class_noun": method.noun, "instance_prompt": data.fill(method.templates()[0], method.subject),
-        **_length(settings, settings.steps), "batch_size": settings.batch_size,
-        "pictures": [{"file": picture.file, "sha256": picture.sha256, "note": picture.note} for picture in intake.pictures],
-        "skipped": [{"file": str(file), "reason": reason} for file, reason in intake.skipped],
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        "device": str(base.device), "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(["finetune", *sys.argv[1:]]),
-    }
-
-
-def _length(settings: TrainSettings, steps: int) -> dict[str, int]:
-    """Steps and the pictures seen in them, as the manifest has them."""
-    return {"steps": steps, "pictures_seen": steps * settings.batch_size * settings.accumulate}
-
-
-def _close(folder: Path, manifest: dict[str, Any], state: State, seconds: dict[str, float], console: Console) -> None:
-    """The manifest with what the run cost and left."""
-    made = runs.read_json(folder / "artifact" / "artifact.json")
-    size = sum(entry["bytes"] for entry in made["files"])
-    memory = torch.cuda.max_memory_allocated() if manifest["device"].startswith("cuda") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    manifest |= {"status": "finished", "trainable_parameters": sum(value.numel() for value in state.parameters.values()),
-                 "seconds": {key: round(value, 4) for key, value in seconds.items()}, "peak_memory_bytes": memory,
-                 "artifact": {"bytes": size, "files": made["files"], "trigger": made["trigger"]},
-                 "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-    runs.write_json(folder / "manifest.json", manifest)
-    console.print(f"[bold]{folder / 'artifact'}[/bold]  {size:,} bytes, {seconds['training']:.0f} s of training, "
-                  f"peak memory {memory / 2**20:,.0f} MiB")
-
-
-@contextlib.contextmanager
-def _finish_on_failure(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
-    """A run that fails says so in its manifest."""
-    try:
-        yield
-    except BaseException as error:
-        runs.write_json(folder / "manifest.json", manifest | {"status": "failed", "reason": str(error) or type(error).__name__})
-        raise
-
-
-def _note_stop(folder: Path, manifest: dict[str, Any], state: State, console: Console) -> None:
-    runs.write_json(folder / "manifest.json", manifest | {"status": "interrupted", "step": state.step})
-    console.print(f"Stopped after step {state.step}; a checkpoint is in {folder}. Go on with the same command and "
-                  f"[bold]--output {folder} --resume[/bold].", soft_wrap=True)
 
 
 @contextlib.contextmanager
