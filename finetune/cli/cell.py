@@ -165,7 +165,7 @@ def todos(cell: Cell) -> dict[str, str | None]:
         if kept and manifest.get("status") == "finished":
             found[row.name] = None
         else:
-            found[row.name] = "--resume" if kept and any(folder.glob("checkpoints/*/manifest.json")) else "--overwrite"
+            found[row.name] = "--resume" if kept and runs.checkpoints(folder) else "--overwrite"
     return found
 
 

@@ -7,6 +7,7 @@ itself names storages by memory address there; here they are numbered, so that e
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import pickletools
@@ -19,7 +20,7 @@ from typing import IO, Any
 import torch
 
 from finetune.errors import Problem
-from finetune.runs import atomic_path
+from finetune.runs import atomic_path, read_back
 
 # torch's own list for weights_only=True is wider than this; these are the globals that honest adapter files need.
 ALLOWED_GLOBALS = {
@@ -40,16 +41,26 @@ LARGEST_PICKLE = 64 * 2**20
 
 
 def save_legacy(obj: Any, path: Path | str) -> None:
-    """Save plain containers and CPU tensors in torch's legacy container, atomically.
+    """Save plain containers and CPU tensors in torch's legacy container, atomically, and read it back.
 
     Raises:
         Problem: when something in `obj` would need a pickle global beyond those every reader allows.
     """
     plain = _plain(obj, "the file")
-    with atomic_path(Path(path)) as temporary, open(temporary, "wb") as file:
-        for storage in _write_frame(plain, file):
-            data = torch.tensor([], dtype=storage.dtype).set_(storage._untyped_storage)
-            file.write(struct.pack("<q", data.numel()) + data.view(torch.uint8).numpy().tobytes())
+    frame, digest = io.BytesIO(), hashlib.sha256()
+    storages = _write_frame(plain, frame)
+    with atomic_path(Path(path)) as temporary:
+        with open(temporary, "wb") as file:
+            for part in (frame.getvalue(), *(_numbers(storage) for storage in storages)):
+                digest.update(part)
+                file.write(part)
+        read_back(temporary, digest.hexdigest())
+
+
+def _numbers(storage: Any) -> bytes:
+    """A storage as torch's legacy container has it: how many numbers, and the numbers."""
+    data = torch.tensor([], dtype=storage.dtype).set_(storage._untyped_storage)
+    return struct.pack("<q", data.numel()) + data.view(torch.uint8).numpy().tobytes()
 
 
 def expected_bytes(obj: Any) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from finetune.errors import Problem
 from finetune.formats.header import WRITE_RANK, DTYPE_BYTES, header_text, read_header
-from finetune.runs import atomic_path
+from finetune.runs import atomic_path, read_back
 
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
                 "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
@@ -72,38 +72,53 @@ def expected_bytes(entries: Mapping[str, Lazy], metadata: Mapping[str, str] | No
     return len(header_text(_layout(entries), metadata)) + sum(_bytes(entry) for entry in entries.values())
 
 
-def save(path: Path | str, entries: Mapping[str, Lazy], metadata: Mapping[str, str], hash_keys: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file tensor by tensor, in the order and with the bytes the safetensors library would use.
+def save(path: Path | str, entries: Mapping[str, Lazy], metadata: Mapping[str, str] | None, hash_keys: Mapping[str, str] | None = None,
+         finite: bool = True) -> None:
+    """Write a safetensors file tensor by tensor, in the order and with the bytes the safetensors library would use, and read it back.
 
     Args:
+        metadata: text to text, or None for none at all.
+        finite: refuse values that are not; a checkpoint holds whatever the optimizer does.
         hash_keys: metadata names that receive the SHA-256 of the data area, each with a prefix ("" or "0x"); it is known
             only at the end, so its place is kept and filled then.
 
     Raises:
-        Problem: for values that are not finite in the chosen number format.
+        Problem: for values that are not finite in the chosen number format; the disk gives back other bytes.
     """
     path = Path(path)
     layout = _layout(entries)
-    described = {**metadata, **{name: prefix + "0" * 64 for name, prefix in (hash_keys or {}).items()}}
+    described = metadata if metadata is None and not hash_keys else {**(metadata or {}), **{name: prefix + "0" * 64 for name, prefix in (hash_keys or {}).items()}}
     digest = hashlib.sha256()
-    with atomic_path(path) as temporary, open(temporary, "wb") as target:
-        target.write(header_text(layout, described))
-        for name in layout:
-            data = raw(path, name, entries[name])
-            digest.update(data)
-            target.write(data)
-        if hash_keys:
-            target.seek(0)
-            target.write(header_text(layout, {**described, **{name: prefix + digest.hexdigest() for name, prefix in hash_keys.items()}}))
+    with atomic_path(path) as temporary:
+        with open(temporary, "wb") as target:
+            target.write(header_text(layout, described))
+            for name in layout:
+                data = raw(path, name, entries[name], finite)
+                digest.update(data)
+                target.write(data)
+            if hash_keys:
+                described = {**(described or {}), **{name: prefix + digest.hexdigest() for name, prefix in hash_keys.items()}}
+                target.seek(0)
+                target.write(header_text(layout, described))
+        check_back(temporary, header_text(layout, described), digest.hexdigest())
 
 
-def raw(path: Path, name: str, entry: Lazy) -> bytes:
+def check_back(path: Path, header: bytes, digest: str) -> None:
+    """Raise a Problem unless the disk gives back this header, and after it data with this SHA-256."""
+    read_back(path, digest, start=len(header))
+    with open(path, "rb") as handle:
+        if handle.read(len(header)) != header:
+            raise Problem(f"The header of {path} did not come back from the disk as it was written.", "The disk or its cable loses bytes.",
+                          "Write to another disk, and check this one.")
+
+
+def raw(path: Path, name: str, entry: Lazy, finite: bool = True) -> bytes:
     """The bytes of one tensor in its number format."""
     value = entry.load().to("cpu", TORCH_DTYPES[entry.dtype]).contiguous()
     if tuple(value.shape) != entry.shape:
         raise Problem(f"{path.name} was not written: {name!r} has shape {list(value.shape)}, not {list(entry.shape)}.",
                       "Its source was changed while it was read.", "Export it again.")
-    if value.is_floating_point() and not torch.isfinite(value).all():
+    if finite and value.is_floating_point() and not torch.isfinite(value).all():
         raise Problem(f"{path.name} was not written: {name!r} holds values that are not finite as {value.dtype}.",
                       "Every program would produce black pictures from it.",
                       "Lower the learning rate, or write fp32 if the values only overflow in fp16.")

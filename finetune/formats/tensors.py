@@ -13,6 +13,7 @@ import torch
 
 from finetune.errors import Problem
 from finetune.formats.header import header_text, read_header
+from finetune.formats.stream import check_back
 from finetune.runs import atomic_path
 
 
@@ -22,14 +23,14 @@ def save_tensors(
     metadata: Mapping[str, str] | None,
     hash_keys: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file and read it back.
 
     Args:
         metadata: text to text, or None for none at all.
         hash_keys: metadata names that receive the SHA-256 of the data area, each with a prefix ("" or "0x").
 
     Raises:
-        Problem: for values that are not finite or metadata that is not text.
+        Problem: for values that are not finite or metadata that is not text; the disk gives back other bytes.
     """
     path = Path(path)
     for name, value in tensors.items():
@@ -46,12 +47,14 @@ def save_tensors(
     (length,) = struct.unpack("<Q", body[:8])
     entries = json.loads(bytes(body[8 : 8 + length]))
     data = body[8 + length :]
+    digest = hashlib.sha256(data).hexdigest()
     if hash_keys:
-        digest = hashlib.sha256(data).hexdigest()
         metadata = {**(metadata or {}), **{name: prefix + digest for name, prefix in hash_keys.items()}}
-    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
-        handle.write(header_text(entries, metadata))
-        handle.write(data)
+    with atomic_path(path) as temporary:
+        with open(temporary, "wb") as handle:
+            handle.write(header_text(entries, metadata))
+            handle.write(data)
+        check_back(temporary, header_text(entries, metadata), digest)
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

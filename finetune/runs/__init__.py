@@ -13,7 +13,7 @@
 
 from pathlib import Path
 
-from finetune.runs.durable import atomic_folder, atomic_path, read_back, remove_folder, sweep, sync_folder
+from finetune.runs.durable import atomic_folder, atomic_path, read_back, remove_folder, sweep, sync_file, sync_folder
 from finetune.runs.files import fingerprint, folder_bytes, read_json, sha256, write_json, write_text
 from finetune.runs.lock import locked
 from finetune.runs.metrics import append_metrics, read_metrics, sync_metrics, trim_metrics
@@ -22,7 +22,7 @@ from finetune.runs.space import BLOCK, DiskFull, check_room, free_bytes, room
 
 __all__ = ["BLOCK", "DiskFull", "append_metrics", "atomic_folder", "atomic_path", "check_room", "checkpoints", "fingerprint", "folder_bytes", "free_bytes",
            "free_run_folder", "hide", "hide_in", "hide_in_command", "locked", "read_back", "read_json", "read_metrics", "remove_folder", "room", "sha256",
-           "sweep", "sync_folder", "sync_metrics", "trim_metrics", "write_json", "write_text"]
+           "sweep", "sync_file", "sync_folder", "sync_metrics", "trim_metrics", "write_json", "write_text"]
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -5,17 +5,17 @@ Draws are functions of seed and step, so no generator state is needed to go on e
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune import runs
 from finetune.errors import Problem
+from finetune.formats import stream
 from finetune.training.loop import State
 
 # Settings that change what is computed; a checkpoint made under others cannot be continued exactly.
@@ -27,28 +27,41 @@ HARMLESS = {"steps", "output", "resume", "overwrite", "checkpoint_every", "keep_
 ESSENTIAL = {"method", "model_hash", "optimizer"}
 
 
+MANIFEST = 256 * 1024  # bytes allowed for manifest.json, plain values of the optimizer included
+
+
 def save(folder: Path, state: State, settings: dict[str, Any], keep: int) -> Path:
-    """Write RUN/checkpoints/STEP and drop older complete ones beyond `keep`."""
+    """Write RUN/checkpoints/STEP and drop older complete ones beyond `keep`.
+
+    It is built under a temporary name, each file read back from the disk, its manifest last, and then takes its name; until then
+    the ones before it stay. Lines of metrics up to it are on disk before it is.
+
+    Raises:
+        DiskFull: no room for it.
+    """
     target = folder / "checkpoints" / f"{state.step:07d}"
-    target.mkdir(parents=True, exist_ok=True)
-    trained = {f"parameter/{name}": value.detach().cpu().contiguous() for name, value in state.parameters.items()}
-    trained.update({f"extra/{name}": value.detach().cpu().contiguous() for name, value in state.extra.items()})
-    tensors, plain = _optimizer_tensors(state)
-    files = {"trained.safetensors": trained, "optimizer.safetensors": tensors}
-    for name, content in files.items():
-        with runs.atomic_path(target / name) as temporary:
-            save_file(content, temporary)
-    manifest = {"step": state.step, "settings": settings, "optimizer": plain,
-                "files": {name: runs.sha256(target / name) for name in files}}
-    runs.write_json(target / "manifest.json", manifest)
+    files, plain = contents(state)
+    runs.sync_metrics(folder)
+    with runs.room(target, sum(stream.expected_bytes(entries, None) for entries in files.values()) + MANIFEST), runs.atomic_folder(target) as fresh:
+        for name, entries in files.items():
+            stream.save(fresh / name, entries, None, finite=False)
+        runs.write_json(fresh / "manifest.json", {"step": state.step, "settings": settings, "optimizer": plain,
+                                                  "files": {name: runs.sha256(fresh / name) for name in files}})
     for old in complete(folder)[:-keep]:
-        shutil.rmtree(old)
+        runs.remove_folder(old)
     return target
+
+
+def contents(state: State) -> tuple[dict[str, dict[str, stream.Lazy]], dict[str, Any]]:
+    """A checkpoint's two files as tensors that are fetched when they are written, and the optimizer's plain values."""
+    trained = {f"parameter/{name}": value for name, value in state.parameters.items()} | {f"extra/{name}": value for name, value in state.extra.items()}
+    tensors, plain = _optimizer_tensors(state)
+    return {"trained.safetensors": stream.of_tensors(trained), "optimizer.safetensors": stream.of_tensors(tensors)}, plain
 
 
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in (folder / "checkpoints").glob("*/manifest.json"))
+    return runs.checkpoints(folder)
 
 
 def check(folder: Path, facts: dict[str, Any], anyway: bool = False) -> list[str]:
@@ -126,14 +139,11 @@ def _optimizer_tensors(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]
     """The optimizer's per-parameter state, tensors by "name/key" and the rest as plain values."""
     names = list(state.parameters)
     tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()  # a file cannot hold one storage twice: code books that all tensors share are copied, nothing else is
     plain: dict[str, Any] = {}
     for index, entries in state.optimizer.state_dict()["state"].items():
         for key, value in _flat(entries):
             if isinstance(value, Tensor):
-                kept = value.detach().cpu().contiguous()
-                tensors[f"{names[index]}/{key}"] = kept.clone() if kept.data_ptr() in seen else kept
-                seen.add(kept.data_ptr())
+                tensors[f"{names[index]}/{key}"] = value
             else:
                 plain[f"{names[index]}/{key}"] = value
     return tensors, plain

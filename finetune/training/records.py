@@ -20,6 +20,7 @@ from rich.markup import escape
 
 import finetune
 from finetune import data, runs
+from finetune.errors import Problem
 from finetune.methods.base import Method
 from finetune.model.base import Base
 from finetune.settings import TrainSettings
@@ -38,7 +39,7 @@ def opening(settings: TrainSettings, method: Method, base: Base, intake: Any) ->
         "skipped": [{"file": str(file), "reason": reason} for file, reason in intake.skipped],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "device": str(base.device), "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(["finetune", *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"), "command": runs.hide_in_command(["finetune", *sys.argv[1:]]),
     }
 
 
@@ -82,12 +83,13 @@ def finish_on_failure(folder: Path, manifest: dict[str, Any], writes: bool) -> I
     try:
         yield
     except BaseException as error:
-        if writes:
-            runs.write_json(folder / "manifest.json", manifest | {"status": "failed", "reason": str(error) or type(error).__name__})
+        with contextlib.suppress(OSError, Problem):  # where there is no room even for this, the error says so
+            if writes:
+                runs.write_json(folder / "manifest.json", manifest | {"status": "failed", "reason": runs.hide(str(error)) or type(error).__name__})
         raise
 
 
 def note_stop(folder: Path, manifest: dict[str, Any], state: State, console: Console) -> None:
     runs.write_json(folder / "manifest.json", manifest | {"status": "interrupted", "step": state.step})
-    console.print(f"Stopped after step {state.step}; a checkpoint is in {folder}. Go on with the same command and "
+    console.print(f"Stopped after step {state.step}; a checkpoint and the artifact as it is now are in {folder}. Go on with the same command and "
                   f"[bold]--output {folder} --resume[/bold].", soft_wrap=True)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +23,7 @@ from finetune.model.families import CHANNELS, locate
 from finetune.model.sampling import render
 from finetune.model.text import encode_cached
 from finetune.settings import TrainSettings
-from finetune.training import artifacts, checkpoint, divergence, memory, processes, records, stopping
+from finetune.training import artifacts, checkpoint, divergence, folders, memory, processes, records, signals, space, stopping
 from finetune.training.announce import announce
 from finetune.training.loop import Progress, State, at_rest, fit, prepare, validation_loss
 from finetune.training.meter import Meter
@@ -58,9 +55,16 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     device = pick_device(settings.device)
     _check_precision(settings, device)
     accelerator = processes.start(settings, device)
-    console, writes = processes.console_of(accelerator, console), accelerator.is_main_process
-    settings.output = folder = processes.shared(accelerator, lambda: _open_folder(settings))
-    given, (settings, notes) = settings, memory.settled(settings, method, device)
+    console = processes.console_of(accelerator, console)
+    with contextlib.ExitStack() as held, signals.watched() as asked:
+        settings.output, settings.resume = processes.shared(accelerator, lambda: folders.opened(settings, held, console))
+        return _run(settings, method, accelerator, device, asked, console, started)
+
+
+def _run(given: TrainSettings, method: Method, accelerator: Accelerator, device: torch.device, asked: signals.Asked, console: Console, started: float) -> Path:
+    """The run in its folder, which is ours until it ends."""
+    folder, writes = given.output, accelerator.is_main_process
+    settings, notes = memory.settled(given, method, device)
     method.settings = settings
     intake = data.intake(settings)
     base = load(settings.model, accelerator.device, unet_dtype=None if method.replaces else engine.weights_dtype(settings),
@@ -70,35 +74,37 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     if settings.resume:
         manifest |= records.resumed_with(checkpoint.check(folder, facts, settings.resume_anyway), console)
     if writes:
-        runs.write_json(folder / "settings.json", given.model_dump(mode="json") | {"method": method.name, "rung": settings.memory})
+        runs.write_json(folder / "settings.json", runs.hide_in(given.model_dump(mode="json")) | {"method": method.name, "rung": settings.memory})
         runs.write_json(folder / "manifest.json", manifest)
-    with accelerator.main_process_first():  # the others find them in the cache
-        classes, class_seconds = _class_pictures(settings, method, base, console)
-    captions = data.caption_candidates(intake.pictures, method.templates(), method.subject)
-    source = data.source(settings, intake, classes, base.vae, captions, method.class_prompt if classes else "", base.device,
-                         data.cache_folder(_cache() / "latents", settings, base.hash))
-    _encode_pictures(settings, base, source, accelerator, console)
-    base.recall("unet")
-    state = prepare(base, method, settings, accelerator)
-    state.notes[:0] = notes
-    if settings.resume:
-        checkpoint.restore(folder, state)
-        if writes:
-            runs.trim_metrics(folder, state.step)
-            artifacts.drop_later(folder, state)
-        accelerator.wait_for_everyone()
-    announce(console, settings, method, base, intake, classes, source, state)
-    _encode_prompts(settings, method, base, source)
-    if settings.keep_pages and method.replaces and device.type == "cpu":  # gradients as large as the model; elsewhere it costs more than it saves
-        engine.keep_pages()
     with records.finish_on_failure(folder, manifest, writes):
-        ending = _steps(folder, settings, method, base, source, accelerator, state, console, facts)
-        if ending.reason == "signal":
+        with accelerator.main_process_first():  # the others find them in the cache
+            classes, class_seconds = _class_pictures(settings, method, base, console)
+        captions = data.caption_candidates(intake.pictures, method.templates(), method.subject)
+        source = data.source(settings, intake, classes, base.vae, captions, method.class_prompt if classes else "", base.device,
+                             data.cache_folder(_cache() / "latents", settings, base.hash))
+        _encode_pictures(settings, base, source, accelerator, console)
+        base.recall("unet")
+        state = prepare(base, method, settings, accelerator)
+        state.notes[:0] = notes
+        if settings.resume:
+            checkpoint.restore(folder, state)
             if writes:
-                records.note_stop(folder, manifest, state, console)
-            return folder
+                runs.trim_metrics(folder, state.step)
+                artifacts.drop_later(folder, state)
+            accelerator.wait_for_everyone()
+        announce(console, settings, method, base, intake, classes, source, state)
+        if writes:
+            space.check(folder, settings, method, base, state, len(intake.pictures))
+        _encode_prompts(settings, method, base, source)
+        if settings.keep_pages and method.replaces and device.type == "cpu":  # gradients as large as the model; elsewhere it costs more than it saves
+            engine.keep_pages()
+        ending = _steps(folder, settings, method, base, source, accelerator, state, console, facts, asked)
         if writes:
             artifacts.export(folder, settings, method, base, len(intake.pictures), state.step)
+    if ending.reason == "signal":
+        if writes:
+            records.note_stop(folder, manifest, state, console)
+        return folder
     seconds = {"total": time.perf_counter() - started, "training": ending.seconds, "class_images": class_seconds,
                "per_step": ending.seconds / state.step, "training_cpu": ending.cpu_seconds}
     manifest |= records.length(settings, state.step)
@@ -109,33 +115,10 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     if not writes:
         return folder
     if not settings.keep_checkpoints:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        runs.remove_folder(folder / "checkpoints")
     records.close(folder, manifest, state, seconds, console)
     for line in memory.beside_the_plan(settings, base, manifest):
         console.print(line, soft_wrap=True)
-    return folder
-
-
-def _open_folder(settings: TrainSettings) -> Path:
-    """The run's folder, empty or to be resumed.
-
-    Raises:
-        Problem: a run is in it already.
-    """
-    folder = Path(settings.output) if settings.output else runs.free_run_folder(settings.METHOD)
-    settings.output = folder
-    taken = (folder / "manifest.json").is_file()
-    if taken and settings.overwrite:
-        for name in ("artifact", "checkpoints", "previews", "steps"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("manifest.json", "metrics.jsonl", "settings.json", "curve.json"):
-            (folder / name).unlink(missing_ok=True)
-    elif taken and not settings.resume:
-        raise Problem(f"There is a run in {folder} already.", "It would be mixed up with the new one.",
-                      "Choose another --output, go on with --resume, or clear it with --overwrite.")
-    elif not taken and settings.resume:
-        raise Problem(f"There is no run in {folder} to resume.", "", "Name its folder with --output, or start without --resume.")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -202,11 +185,12 @@ def _encode_prompts(settings: TrainSettings, method: Method, base: Base, source:
 
 
 def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, source: Any, accelerator: Accelerator, state: State,
-           console: Console, facts: dict[str, Any]) -> Ending:
+           console: Console, facts: dict[str, Any], asked: signals.Asked) -> Ending:
     """All steps, or fewer when the loss has settled, with logging, validation, previews, artifacts and checkpoints.
 
     Args:
         facts: what a checkpoint's numbers follow from.
+        asked: whether a signal came, which now waits for the end of a step.
     """
     metrics, writes, watch = runs.read_metrics(folder), accelerator.is_main_process, divergence.Watch()
     last_line = next((line for line in reversed(metrics) if "seconds" in line), {})
@@ -219,7 +203,8 @@ def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, so
     if _settled(settings, watched):  # a run that had settled is resumed: its checkpoint is where it ends
         return Ending(spent, busy, "dvar", skipped)
     losses: list[torch.Tensor] = []
-    with _interrupts() as interrupted, Meter(console, method.name, settings.steps, state.step) as meter:
+    asked.wait()
+    with Meter(console, method.name, settings.steps, state.step) as meter:
         for progress in fit(base, method, source, settings, accelerator, state):
             spent, busy, skipped = spent + progress.seconds, busy + progress.cpu_seconds, before + progress.skipped
             losses.append(progress.loss)
@@ -229,7 +214,7 @@ def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, so
                 watched += [loss] if state.step % settings.validate_every == 0 else []
             done = _settled(settings, watched) and not last
             last = last or done
-            signalled = processes.anyone(accelerator, interrupted()) and not last
+            signalled = processes.anyone(accelerator, bool(asked)) and not last
             artifact = _due(settings.export_every, state.step, last)
             keep = signalled or done or _due(settings.checkpoint_every, state.step, last and _stays(settings, state.step))
             if state.step % settings.log_every == 0 or last or keep or artifact:
@@ -298,24 +283,3 @@ def _preview(folder: Path, settings: TrainSettings, method: Method, base: Base, 
     for number, picture in enumerate(pictures):
         with runs.atomic_path(folder / "previews" / f"{step:07d}-{number}.png") as temporary:
             picture.save(temporary)
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[Any]:
-    """SIGINT and SIGTERM end the run after the current step; a second one ends at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are not ours to take
-        before = {}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
