@@ -149,8 +149,14 @@ def test_broken_numbers_stop_before_the_optimizer(waits: bool, inside: bool, tin
     """On a CPU at once; on a GPU at the next look, with the weights of the last good step."""
     from finetune.training import loop
 
-    whole = loop.Guard
-    monkeypatch.setattr(loop, "Guard", lambda optimizer, waits: whole(optimizer, waits=now))
+    class Guard(loop.Guard):
+        """Looks as on a device of that kind."""
+
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            self._waits = now
+
+    monkeypatch.setattr(loop, "Guard", Guard)
     now, seen = waits, {}
     loss_of = loop.loss_of
 

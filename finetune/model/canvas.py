@@ -139,26 +139,33 @@ def encode_picture(base: Base, picture: Image | Tensor) -> Tensor:
     import torch
 
     pixels = picture if isinstance(picture, torch.Tensor) else 2 * _unit(picture) - 1
-    with whole_precision(base.vae):
-        pixels = pixels.to(base.device, base.vae.dtype)
-        return (base.vae.encode(pixels).latent_dist.mode() * base.vae.config.scaling_factor).to(base.unet.dtype)
+    mode = through(base.vae, lambda dtype: base.vae.encode(pixels.to(base.device, dtype)).latent_dist.mode())
+    return (mode * base.vae.config.scaling_factor).to(base.unet.dtype)
 
 
-def whole_precision(vae: Any) -> Any:
-    """A context in which an autoencoder that overflows in fp16 has float32 weights."""
-    import contextlib
+def through(vae: Any, run: Any) -> Tensor:
+    """What an autoencoder makes, in float32 where fp16 is too small for it.
 
+    Activations of SDXL's autoencoder pass 65,504, the largest number of fp16, and the picture comes out black. Where its
+    configuration says so (`force_upcast`) it runs in float32 at once; where it does not, a result with numbers that are
+    not finite is made again in float32, and the autoencoder stays there.
+
+    Args:
+        run: called with the autoencoder's number format, returns a tensor.
+    """
     import torch
 
-    @contextlib.contextmanager
-    def changed() -> Any:
-        vae.to(torch.float32)
-        try:
-            yield
-        finally:
-            vae.to(torch.float16)
-
-    return changed() if vae.dtype == torch.float16 and vae.config.get("force_upcast", False) else contextlib.nullcontext()
+    half = vae.dtype == torch.float16
+    if not (half and vae.config.get("force_upcast", False)):
+        found = run(vae.dtype)
+        if not half or torch.isfinite(found).all():
+            return found
+        vae.register_to_config(force_upcast=True)
+    vae.to(torch.float32)
+    try:
+        return run(torch.float32)
+    finally:
+        vae.to(torch.float16)
 
 
 def _unit(picture: Image) -> Tensor:

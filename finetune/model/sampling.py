@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finetune.model import schedulers, text
 from finetune.model.base import Base
-from finetune.model.canvas import Canvas, prepare, whole_precision
+from finetune.model.canvas import Canvas, prepare, through
 from finetune.model.conditioning import Cond
 
 
@@ -163,8 +163,7 @@ def decode(base: Base, latents: Tensor, canvas: Canvas) -> list[Any]:
     from PIL import Image
 
     base.recall("vae")
-    with whole_precision(base.vae):
-        pixels = base.vae.decode((latents / base.vae.config.scaling_factor).to(base.vae.dtype)).sample
+    pixels = through(base.vae, lambda dtype: base.vae.decode((latents / base.vae.config.scaling_factor).to(dtype)).sample)
     values = ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy() * 255).round().astype("uint8")
     pictures = [Image.fromarray(value) for value in values]
     if canvas.stencil is not None:

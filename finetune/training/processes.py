@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 
+from finetune import engine
 from finetune.errors import Problem
 from finetune.settings import TrainSettings
 
@@ -23,13 +24,14 @@ Value = TypeVar("Value")
 
 
 def start(settings: TrainSettings, device: torch.device) -> Accelerator:
-    """The accelerator of a run: its precision, this process among all.
+    """The accelerator of a run: its precision as far as the device has it, this process among all.
 
     Raises:
         Problem: settings that several processes cannot share.
     """
     AcceleratorState._reset_state()  # a process may train several times, in several precisions
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision), cpu=device.type == "cpu")
+    precision = engine.possible(settings, device)[0].precision
+    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=device.type == "cpu")
     if accelerator.num_processes > 1 and settings.step_in_backward:
         raise Problem("--step-in-backward trains in one process only.", "A gradient would be gone before the processes had averaged it.",
                       "Leave it out, or start without torchrun.")
