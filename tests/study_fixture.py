@@ -21,7 +21,7 @@ def cell_scores(subject, seed, rows=None, prompts=PROMPTS, noise=0.05):
     of_subject = np.random.default_rng(hash_of(subject)).normal() * 0.2
     found, values = [], {}
     for name, worth in rows.items():
-        dino = {prompt: worth + of_subject + 0.1 * PROMPTS.index(prompt) + noise * random.normal() for prompt in prompts}
+        dino = {prompt: worth + of_subject + 0.1 * prompts.index(prompt) + noise * random.normal() for prompt in prompts}
         drift = {f"seed {turn}": worth / 10 + noise / 10 * random.normal() for turn in range(4)} if name != "base" else {}
         values[name] = {"dino": dino, "drift": drift} if drift else {"dino": dino}
         found.append({"row": name, "title": name.title(), "images": [], "flags": [],

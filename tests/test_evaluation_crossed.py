@@ -99,6 +99,14 @@ def test_few_subjects_take_student_t():
     assert found.high - found.mean == pytest.approx(statistics.t_quantile(0.975, 2) * error, rel=0.01)
 
 
+def test_values_that_are_nearly_all_alike_take_student_t():
+    """Two of 96 attributes were lost: most resamples hold none of them and have no spread, though their mean is another one."""
+    values = np.ones((12, 8))
+    values[3, 2] = values[7, 5] = 0.0
+    found = crossed.estimate(values)
+    assert found.mean == pytest.approx(1 - 2 / 96) and 0.9 < found.low < found.mean < found.high < 1.05
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.5, 0.7, 0.9, 1.1, 1.5, 3.0])
 @pytest.mark.parametrize("rows", [3, 6])
 def test_interval_excludes_zero_exactly_when_p_is_small(shift, rows):

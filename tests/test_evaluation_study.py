@@ -127,6 +127,16 @@ def test_prompts_that_some_subjects_lack():
     assert found["suite"]["subject"] == list(PROMPTS)
 
 
+def test_seeds_of_the_only_prompt_are_no_prompts_that_subjects_share():
+    """Each subject has a noise of its own under "seed 0": the two seeds are averaged, and only subjects are sampled."""
+    cells = cells_of(prompts=("seed 0", "seed 1"))
+    found = next(one for one in study.combine(cells)["rows"] if one["row"] == "lora")["scores"]["dino"]
+    means = [plain.fmean([plain.fmean(cell.clusters("lora", "dino").values()) for cell in cells if cell.subject == subject]) for subject in SUBJECTS]
+    alone = crossed.estimate(np.array(means)[:, None], 0)
+    assert (found["subjects"], found["prompts"]) == (6, 1)
+    assert (found["low"], found["high"]) == pytest.approx((alone.low, alone.high), abs=1e-6)
+
+
 def test_one_subject_samples_its_seeds_and_one_cell_keeps_its_own_numbers():
     seeds = study.combine(cells_of(("red-mug",), (0, 1, 2)))["rows"][1]["scores"]["dino"]
     assert (seeds["subjects"], seeds["n"]) == (3, 3) and seeds["low"] < seeds["mean"] < seeds["high"]

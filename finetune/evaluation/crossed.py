@@ -72,13 +72,13 @@ def estimate(values: Array, seed: int = 0, *, resamples: int = RESAMPLES, level:
     error = math.sqrt(_variance(parts))
     if error <= 1e-12 * max(abs(mean), 1e-300):
         return Estimate(mean, mean, mean, 1.0 if mean == 0 else 1 / (resamples + 1), rows, rows, columns)
-    if min(rows, columns) < ENOUGH:
+    ratios = _ratios(values, mean, seed, resamples) if min(rows, columns) >= ENOUGH else np.array([math.inf])
+    quantile = float(ratios[min(math.ceil(level * (len(ratios) + 1)), len(ratios)) - 1])
+    if math.isfinite(quantile):
+        p = (1 + int((ratios >= abs(mean) / error).sum())) / (len(ratios) + 1)
+    else:  # too few subjects, or nearly all values alike: resamples without any spread say nothing of how far means stray
         freedom = max(1, round(_freedom(parts, rows, columns)))
         quantile, p = statistics.t_quantile(0.5 + level / 2, freedom), statistics.t_p(abs(mean) / error, freedom)
-    else:
-        ratios = _ratios(values, mean, seed, resamples)
-        quantile = float(ratios[min(math.ceil(level * (len(ratios) + 1)), len(ratios)) - 1])
-        p = (1 + int((ratios >= abs(mean) / error).sum())) / (len(ratios) + 1)
     return Estimate(mean, mean - quantile * error, mean + quantile * error, min(p, 1.0), rows, rows, columns)
 
 

@@ -60,7 +60,7 @@ class Seen:
         shots = [shot for shot in self.shots if shot.kind == kind]
         texts = {"subject": suite.subject, "class": suite.bare, "other": suite.other}[kind]
         one = len({shot.place for shot in shots}) == 1
-        return [f"seed {shot.turn}" if one else texts[shot.place] for shot in shots]
+        return [f"{statistics.SEED}{shot.turn}" if one else texts[shot.place] for shot in shots]
 
 
 @dataclass

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 RESAMPLES = 2000
 LEVEL = 0.95
+SEED = "seed "  # label of a cluster that is a seed of the only prompt of its kind, before its number
 ENOUGH = 5  # with fewer clusters too many resamples hold one of them alone: Student's t in place of the bootstrap-t
 _NORMAL = NormalDist()
 

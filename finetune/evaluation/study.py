@@ -137,7 +137,8 @@ def combine(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
 def table(cells: Sequence[Cell], taken: Callable[[Cell], dict[str, float]]) -> np.ndarray:
     """(S, P): subjects by whatever `taken` names in a cell, training seeds averaged; nan where there is none.
 
-    With a single subject the rows are its training seeds.
+    With a single subject the rows are its training seeds. Seeds of a kind's only prompt are averaged in every subject: the
+    noise of "a photo of a cat" has nothing in common with that of "a photo of a mug", whatever its number.
     """
     found = [taken(cell) for cell in cells]
     labels = list(dict.fromkeys(label for one in found for label in one))
@@ -147,7 +148,8 @@ def table(cells: Sequence[Cell], taken: Callable[[Cell], dict[str, float]]) -> n
     subjects = list(dict.fromkeys(cell.subject for cell in cells))
     if len(subjects) == 1:
         return lines
-    return np.stack([_mean(lines[[place for place, cell in enumerate(cells) if cell.subject == subject]]) for subject in subjects])
+    by_subject = np.stack([_mean(lines[[place for place, cell in enumerate(cells) if cell.subject == subject]]) for subject in subjects])
+    return _mean(by_subject.T)[:, None] if all(label.startswith(statistics.SEED) for label in labels) else by_subject
 
 
 def pairs(cells: Sequence[Cell], metrics: Sequence[str], seed: int) -> list[dict[str, Any]]:
