@@ -27,3 +27,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """`Did you mean 'x'?` for the nearest of `choices`, or an empty string when nothing is near."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f"Did you mean {found[0]!r}?" if found else ""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory was refused: Python's, torch's on a GPU (a RuntimeError too), or torch's on a CPU."""
+    said = str(error)
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or isinstance(error, RuntimeError) and ("can't allocate memory" in said or "not enough memory: you tried to allocate" in said
+                                                   or "CUDA out of memory" in said))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from finetune import diffusion, runs
 from finetune.errors import Problem
+from finetune.model.completeness import check_fit, check_width
 from finetune.model.conditioning import Cond
 from finetune.model.families import WEIGHTS, Location, locate
 from finetune.model.parts import load_part, load_parts
@@ -98,6 +99,7 @@ class Base:
             size: side or (height, width) in pixels; None takes that of the latents.
             extra: (B, C, H, W), channels after the latents: mask and masked latents for inpainting (5), a depth map (1).
         """
+        check_width(self, cond.states.shape[-1])
         found = {"sample": noisy if extra is None else torch.cat([noisy, extra.to(noisy)], dim=1), "timestep": timesteps,
                  "encoder_hidden_states": cond.states}
         if cond.pooled is not None:
@@ -173,9 +175,13 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise Problem(f"There is no device {name!r}.", "Known are auto, cpu, cuda and cuda:N.") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise Problem(f"There is no device {name!r} here.", "Known are auto, cpu, cuda and cuda:N.", "Use --device auto.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise Problem(f"The device {name!r} is not on this machine.", "torch sees no CUDA GPU.", "Use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Problem(f"The device {name!r} is not on this machine.", f"torch sees {torch.cuda.device_count()} GPU(s), counted from 0.", "Use --device cuda.")
     return device
 
 
@@ -198,11 +204,15 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     if prediction not in ("epsilon", "v_prediction"):
         raise Problem(f"The model {name!r} predicts {prediction!r}.", "Only epsilon and v_prediction are known.")
     device = torch.device(device)
-    share = diffusion.alphas_cumprod(config.get("num_train_timesteps", 1000), config["beta_start"], config["beta_end"], config["beta_schedule"])
+    try:
+        share = diffusion.alphas_cumprod(config.get("num_train_timesteps", 1000), config["beta_start"], config["beta_end"], config["beta_schedule"])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise Problem(f"The noise schedule of the model {name!r} cannot be used.", f"{error}.", "Use a model with a scaled_linear or linear schedule.") from error
     if config.get("rescale_betas_zero_snr"):
         share = diffusion.zero_terminal_snr(share)
     base = Base(name=name, location=location, **parts, scheduler_config=config, schedule=share, prediction=prediction, hash=weights_hash(location),
                 device=device, resolution=0, dtype=dtype, unet_dtype=unet_dtype)
+    check_fit(base)
     base.resolution = base.unet.config.sample_size * base.pixels_per_latent
     if base.text_encoder_2 is not None:  # older configurations name no end-of-text id; then a learned word, whose id is higher, is taken for it
         base.text_encoder_2.text_model.eos_token_id = base.tokenizer_2.eos_token_id

@@ -46,17 +46,28 @@ def locate(name: str) -> Location:
     Raises:
         Problem: nothing of that name, an incomplete folder, or a model of an unknown kind.
     """
+    if not isinstance(name, str):  # of a recipe: its family is looked up before its types are
+        raise Problem(f"--model does not accept {name!r}.", "It should be text.", 'Write model = "..." in the recipe.')
     if name in TOYBOXES:
         return _toybox(name)
     path = Path(name).expanduser()
-    if path.is_dir():
+    kind = _kind(path)
+    if kind == "folder":
         return _folder(path, name)
-    if path.is_file():
+    if kind == "file":
         return _single_file(path)
     if path.suffix in (".safetensors", ".ckpt", ".pt") or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise Problem(f"There is no base model at {name!r}.", "It is neither a folder, a file, nor a hub id of the form owner/name.",
                       "Give --model toybox, a diffusers folder, a .safetensors checkpoint or a hub id.")
     return _folder(_hub_folder(name), name)
+
+
+def _kind(path: Path) -> str:
+    """"folder", "file" or "" for nothing; a name too long or with a NUL sign is the name of nothing."""
+    try:
+        return "folder" if path.is_dir() else "file" if path.is_file() else ""
+    except (OSError, ValueError):
+        return ""
 
 
 def family_of(name: str) -> str:
@@ -77,9 +88,25 @@ def _toybox(name: str) -> Location:
     return replace(plain, variant=variant, delta=delta)
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object from a model's file.
+
+    Raises:
+        Problem: it cannot be read, or is something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise Problem(f"The configuration {path} cannot be read.", f"{reason or type(error).__name__}.", "Download the model again, or repair the file.") from error
+    if not isinstance(found, dict):
+        raise Problem(f"The configuration {path} is no JSON object.", f"It holds a {type(found).__name__}.", "Download the model again, or repair the file.")
+    return found
+
+
 def _folder(path: Path, name: str) -> Location:
     unet = path / "unet" / "config.json"
-    config = json.loads(unet.read_text(encoding="utf-8")) if unet.is_file() else {}
+    config = read_config(unet) if unet.is_file() else {}
     two = (path / "text_encoder_2").is_dir() or config.get("addition_embed_type") == "text_time"
     wanted = (*COMPONENTS, *(SECOND if two else ()))
     missing = [part for part in wanted if not (path / part).is_dir()]
@@ -116,7 +143,7 @@ def _single_file(path: Path) -> Location:
 
 def _variant(channels: int, name: str) -> Literal["plain", "inpainting", "depth"]:
     """What the UNet reads beside the four channels of the latents."""
-    found = {count: variant for variant, count in CHANNELS.items()}.get(channels)
+    found = {count: variant for variant, count in CHANNELS.items()}.get(channels) if isinstance(channels, int) else None
     if found is None:
         raise Problem(f"The model {name!r} takes {channels} latent channels.",
                       "Known are 4 (text to image), 9 (inpainting) and 5 (depth).", "Use the plain text-to-image base it comes from.")
@@ -124,7 +151,7 @@ def _variant(channels: int, name: str) -> Literal["plain", "inpainting", "depth"
 
 
 def _family(width: int | list[int] | None) -> str:
-    return {768: "sd1", 1024: "sd2"}.get(width, "other")  # type: ignore[arg-type]
+    return {768: "sd1", 1024: "sd2"}.get(width, "other") if isinstance(width, int) else "other"
 
 
 def _refiner(name: str) -> Problem:

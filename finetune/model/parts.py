@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.errors import Problem
+from finetune.errors import Problem, out_of_memory
 from finetune.formats import stream
-from finetune.model.families import Location
+from finetune.model.completeness import check_files, check_schedule
+from finetune.model.families import Location, read_config
+
+# What libraries raise on files that are damaged or of another kind.
+BROKEN = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, OverflowError)
 
 
 def load_parts(location: Location, dtype: torch.dtype, unet_dtype: torch.dtype | None, base_hash: str, unet_later: bool = False) -> dict[str, Any]:
@@ -47,21 +50,24 @@ def _network(path: Path, name: str, dtype: torch.dtype) -> Any:
 
     if name in ("unet", "vae"):
         kind = UNet2DConditionModel if name == "unet" else AutoencoderKL
-        return kind.from_pretrained(path / name, torch_dtype=dtype, local_files_only=True)
+        return kind.from_pretrained(path / name, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
-    return kind.from_pretrained(path / name, dtype=dtype, local_files_only=True)
+    return kind.from_pretrained(path / name, dtype=dtype, local_files_only=True, use_safetensors=True)
 
 
 def _from_folder(location: Location, dtype: torch.dtype, unet_dtype: torch.dtype | None, base_hash: str, unet_later: bool) -> dict[str, Any]:
     from transformers import CLIPTokenizer
 
     path, second = location.path, location.family == "sdxl"
+    check_files(location)
     with _loading(path):
         parts: dict[str, Any] = {name: _network(path, name, dtype) for name in ("vae", "text_encoder", *(["text_encoder_2"] if second else []))}
         parts["unet"] = _empty_unet(path) if unet_later and not location.delta else _unet(path, dtype, None if location.delta else unet_dtype)
         for number in ("", "_2") if second else ("",):
             parts[f"tokenizer{number}"] = CLIPTokenizer.from_pretrained(path / f"tokenizer{number}", local_files_only=True)
-        parts["scheduler_config"] = _scheduler_config(json.loads((path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")))
+        told = read_config(path / "scheduler" / "scheduler_config.json")
+        check_schedule(told, str(path))
+        parts["scheduler_config"] = _scheduler_config(told)
     if location.delta:
         from finetune.model import delta
 
@@ -130,7 +136,9 @@ def _loading(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (SingleFileComponentError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = (str(error).splitlines() or ["no details"])[0]
-        raise Problem(f"The model {path} cannot be loaded.", f"{type(error).__name__}: {first}",
+    except (SingleFileComponentError, SafetensorError, *BROKEN) as error:
+        if out_of_memory(error):
+            raise
+        first = (str(error).splitlines() or ["no details"])[0].rstrip(".")
+        raise Problem(f"The model {path} cannot be loaded.", f"{type(error).__name__}: {first}.",
                       "Check that the download is complete; `finetune inspect` reads its headers.") from error
