@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def run(settings: Any, console: Console) -> None:
 
         open_judge(family_of(settings.model), settings.judge, settings.clip, settings.encoder)
     folder = train(settings, console)
+    if int(os.environ.get("RANK", "0")):  # of several processes the first one does the rest
+        return
     if runs.read_json(folder / "manifest.json")["status"] == "interrupted":
         raise typer.Exit(INTERRUPTED)
     if best:

@@ -16,12 +16,12 @@ from finetune.training import artifacts
 from finetune.training.loop import State
 
 
-def announce(console: Console, settings: TrainSettings, method: Method, base: Base, intake: Any, classes: list[Any], source: Any, state: State) -> None:
+def announce(console: Console, settings: TrainSettings, method: Method, base: Base, intake: Any, classes: list[Any], source: Any, state: State, world: int = 1) -> None:
     """Print pictures used and skipped, first prompts, trainable parameters, scale, rate, pictures seen, artifact bytes."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for label, text in lines(settings, method, base, intake, classes, source, state):
+    for label, text in lines(settings, method, base, intake, classes, source, state, world):
         table.add_row(label, text)
     console.print(table)
     for file in data.unnamed(intake.pictures, method.subject):
@@ -30,11 +30,12 @@ def announce(console: Console, settings: TrainSettings, method: Method, base: Ba
         console.print(f"[yellow]The end of this prompt is cut off, it is longer than {base.tokenizer.model_max_length} tokens:[/yellow] {prompt}")
 
 
-def lines(settings: TrainSettings, method: Method, base: Base, intake: Any, classes: list[Any], source: Any, state: State) -> list[tuple[str, str]]:
-    """Label and text of each announced fact."""
+def lines(settings: TrainSettings, method: Method, base: Base, intake: Any, classes: list[Any], source: Any, state: State, world: int = 1) -> list[tuple[str, str]]:
+    """Label and text of each announced fact. `world`: processes that train together."""
     trained = sum(value.numel() for value in state.parameters.values())
     whole = sum(value.numel() for part in base.modules().values() for value in part.parameters())
-    seen = settings.steps * settings.batch_size * settings.accumulate
+    of_step = settings.batch_size * settings.accumulate * world
+    seen = settings.steps * of_step
     found = [("method", f"{method.title} ({method.paper})"),
              ("base", f"{base.name}, {base.family}, {base.prediction}, {base.resolution} px, hash {base.hash}")]
     found += [("pictures" if number == 0 else "", line) for number, line in enumerate(data.describe_intake(intake))]
@@ -50,8 +51,9 @@ def lines(settings: TrainSettings, method: Method, base: Base, intake: Any, clas
     kept = engine.format_of(settings)
     found.append(("memory", f"rung {settings.memory}" + (f", frozen weights in {kept}" if kept != "fp32" and not method.replaces else "")))
     found += [("", note) for note in state.notes]
+    found += [("", f"{world} processes with a share of every step each")] if world > 1 else []
     each = seen / max(1, len(intake.pictures))
-    found.append(("will see", f"{seen:,} pictures in {settings.steps:,} steps of {settings.batch_size * settings.accumulate}: each picture {each:.3g} times"))
+    found.append(("will see", f"{seen:,} pictures in {settings.steps:,} steps of {of_step}: each picture {each:.3g} times"))
     found.append(("artifact", f"{method.expected_bytes(base):,} bytes of weights to {settings.output}/artifact"))
     metadata = artifacts.describe(settings, method, base, len(intake.pictures), settings.steps)
     for file, size in method.added_files(base, metadata).items():

@@ -28,13 +28,14 @@ from finetune.training.artifacts import LIBRARIES
 from finetune.training.loop import State
 
 
-def opening(settings: TrainSettings, method: Method, base: Base, intake: Any) -> dict[str, Any]:
+def opening(settings: TrainSettings, method: Method, base: Base, intake: Any, accelerator: Accelerator) -> dict[str, Any]:
     """What is known before the first step."""
     return {
         "finetune": finetune.__version__, "method": method.name, "title": method.title, "paper": method.paper, "row": Path(settings.output).name, "status": "running",
         "model": {"name": base.name, "family": base.family, "hash": base.hash, "prediction": base.prediction},
         "subject": method.subject, "class_noun": method.noun, "instance_prompt": data.fill(method.templates()[0], method.subject),
-        **length(settings, settings.steps), "batch_size": settings.batch_size,
+        **length(settings, settings.steps, accelerator), "batch_size": settings.batch_size,
+        **({"processes": accelerator.num_processes} if accelerator.num_processes > 1 else {}),
         "pictures": [{"file": picture.file, "sha256": picture.sha256, "note": picture.note} for picture in intake.pictures],
         "skipped": [{"file": str(file), "reason": reason} for file, reason in intake.skipped],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
@@ -58,9 +59,9 @@ def resumed_with(differing: list[str], console: Console) -> dict[str, Any]:
     return {"resumed_under_other_settings": differing}
 
 
-def length(settings: TrainSettings, steps: int) -> dict[str, int]:
-    """Steps and the pictures seen in them, as the manifest has them."""
-    return {"steps": steps, "pictures_seen": steps * settings.batch_size * settings.accumulate}
+def length(settings: TrainSettings, steps: int, accelerator: Accelerator) -> dict[str, int]:
+    """Steps and the pictures all processes see in them, as the manifest has them."""
+    return {"steps": steps, "pictures_seen": steps * settings.batch_size * settings.accumulate * accelerator.num_processes}
 
 
 def close(folder: Path, manifest: dict[str, Any], state: State, seconds: dict[str, float], console: Console) -> None:

@@ -69,7 +69,7 @@ def _run(given: TrainSettings, method: Method, accelerator: Accelerator, device:
     intake = data.intake(settings)
     base = load(settings.model, accelerator.device, unet_dtype=None if method.replaces else engine.weights_dtype(settings),
                 unet_later=settings.free_encoders)
-    manifest = records.opening(settings, method, base, intake) | ({"processes": accelerator.num_processes} if accelerator.num_processes > 1 else {})
+    manifest = records.opening(settings, method, base, intake, accelerator)
     facts = records.facts(settings, method, base, intake, accelerator)
     if settings.resume:
         manifest |= records.resumed_with(checkpoint.check(folder, facts, settings.resume_anyway), console)
@@ -92,7 +92,7 @@ def _run(given: TrainSettings, method: Method, accelerator: Accelerator, device:
                 runs.trim_metrics(folder, state.step)
                 artifacts.drop_later(folder, state)
             accelerator.wait_for_everyone()
-        announce(console, settings, method, base, intake, classes, source, state)
+        announce(console, settings, method, base, intake, classes, source, state, accelerator.num_processes)
         if writes:
             space.check(folder, settings, method, base, state, len(intake.pictures))
         _encode_prompts(settings, method, base, source)
@@ -107,7 +107,7 @@ def _run(given: TrainSettings, method: Method, accelerator: Accelerator, device:
         return folder
     seconds = {"total": time.perf_counter() - started, "training": ending.seconds, "class_images": class_seconds,
                "per_step": ending.seconds / state.step, "training_cpu": ending.cpu_seconds}
-    manifest |= records.length(settings, state.step)
+    manifest |= records.length(settings, state.step, accelerator)
     if ending.reason == "dvar":
         manifest["stopped"] = {"reason": "dvar", "step": state.step, "planned": settings.steps}
         console.print(f"The loss on the fixed set has settled: ended after step {state.step} of {settings.steps}.")
