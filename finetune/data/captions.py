@@ -65,7 +65,8 @@ def _text(path: Path, notes: list[str]) -> str | None:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """One line of text that can be written again: JSON can spell half a sign, which UTF-8 cannot."""
+    return " ".join(text.encode(errors="replace").decode().split())
 
 
 def _csv(name: str, text: str, notes: list[str]) -> dict[str, str]:
@@ -82,7 +83,7 @@ def _jsonl(name: str, text: str, notes: list[str]) -> dict[str, str]:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # numbers of thousands of digits and deep nesting among them
             row = "broken"
         if isinstance(row, dict):
             rows.append(row)

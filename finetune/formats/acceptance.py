@@ -63,7 +63,7 @@ def check(path: Path | str) -> list[Finding]:
 
 def _safetensors(path: Path) -> Iterator[Finding]:
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     from finetune.formats import acceptance_checkpoint
 
@@ -72,10 +72,14 @@ def _safetensors(path: Path) -> Iterator[Finding]:
     except Problem as problem:
         yield Finding(1, str(problem))
         return
-    with safe_open(str(path), "pt") as file:
-        for name, info in header.tensors.items():
-            if info.dtype in ("F16", "BF16", "F32", "F64") and info.parameters and not torch.isfinite(file.get_tensor(name)).all():
-                yield Finding(1, f"{name} holds values that are not finite.")
+    try:
+        with safe_open(str(path), "pt") as file:
+            for name, info in header.tensors.items():
+                if info.dtype in ("F16", "BF16", "F32", "F64") and info.parameters and not torch.isfinite(file.get_tensor(name)).all():
+                    yield Finding(1, f"{name} holds values that are not finite.")
+    except SafetensorError as error:
+        yield Finding(1, f"The safetensors library does not read it: {error}.")
+        return
     if any(key.startswith("model.diffusion_model.") for key in header.tensors):
         yield from (Finding(6, text) for text in acceptance_checkpoint.findings(header))
     else:

@@ -91,6 +91,8 @@ def read_header(path: Path | str) -> Header:
         raise _broken(path, f"its header is not valid JSON ({error})") from error
     if not isinstance(entries, dict):
         raise _broken(path, "its header is not a JSON object")
+    if b"\\ud" in raw.lower() and not _encodable(entries):
+        raise _broken(path, "a name or a text in its header is not Unicode")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _broken(path, "its metadata is not a map from text to text")
@@ -107,6 +109,15 @@ def _broken(path: Path, lie: str) -> Problem:
     )
 
 
+def _encodable(entries: Any) -> bool:
+    """Whether what was read can be written again: JSON can spell half a sign, which UTF-8 cannot."""
+    try:
+        json.dumps(entries, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
@@ -121,7 +132,7 @@ def _entry(path: Path, name: str, entry: Any) -> TensorInfo:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _broken(path, f"tensor {name!r} lacks dtype, shape or data_offsets") from error
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise _broken(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
     if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
         raise _broken(path, f"tensor {name!r} has a shape or offset that is not a whole number")

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import pickle
 import pickletools
 import struct
+import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any
@@ -38,6 +41,9 @@ SYSTEM = {"protocol_version": PROTOCOL, "little_endian": True, "type_sizes": {"s
 _KINDS = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "BFloat16", torch.float64: "Double",
           torch.int64: "Long", torch.int32: "Int", torch.bool: "Bool", torch.uint8: "Byte"}
 LARGEST_PICKLE = 64 * 2**20
+# What zipfile, pickletools and torch raise on damaged files; a number read from one may ask for any amount of memory.
+BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, OverflowError, MemoryError,
+          struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError, AssertionError, RecursionError)
 
 
 def save_legacy(obj: Any, path: Path | str) -> None:
@@ -141,10 +147,11 @@ def load_restricted(path: Path | str, mmap: bool = False) -> Any:
         )
     allowed = [OrderedDict, torch.nn.ParameterDict]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old protocols are read as well as new ones
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        told = str(error).partition("WeightsUnpickler error:")[2] or str(error) or type(error).__name__
+    except BROKEN as error:
+        told = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error).strip() or type(error).__name__
         raise Problem(
             f"{path} could not be read without running code from it: {told.strip().splitlines()[0].rstrip('.')}.",
             "It is damaged, or an old file that stores classes beside its tensors.",
@@ -161,27 +168,43 @@ def globals_in(path: Path | str) -> list[str]:
     found: set[str] = set()
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                for member in archive.infolist():
-                    if member.filename.endswith(".pkl"):
-                        if member.file_size > LARGEST_PICKLE:
-                            raise Problem(f"{path} holds a pickle of {member.file_size:,} bytes.", "No adapter needs that much beside its tensors.")
-                        with archive.open(member) as handle:
-                            found |= _globals_of(handle.read())
+            found = _globals_of_zip(path)
         else:
-            with open(path, "rb") as handle:
+            with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:  # a map gives no more than there is
                 for _ in range(LEGACY_PICKLES):
-                    found |= _globals_of(handle)
-    except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+                    found |= _globals_of(content)
+    except BROKEN as error:
         raise Problem(
-            f"{path} is not a torch file: {error}.",
+            f"{path} is not a torch file: {str(error) or type(error).__name__}.",
             "It is neither a torch zip nor a legacy torch pickle.",
             "Check that it is the file you meant.",
         ) from error
     return sorted(found)
 
 
-def _globals_of(source: bytes | IO[bytes]) -> set[str]:
+def _globals_of_zip(path: Path) -> set[str]:
+    """Globals of the pickles in a zip container.
+
+    Raises:
+        Problem: it would unpack to far more than it is. torch stores tensors as they are, uncompressed.
+    """
+    found: set[str] = set()
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > 2 * path.stat().st_size + LARGEST_PICKLE:
+            raise Problem(f"{path} would unpack to {unpacked:,} bytes.", f"It has {path.stat().st_size:,}; torch's files are not compressed.",
+                          "Get the same artifact as .safetensors.")
+        for member in archive.infolist():
+            if member.filename.endswith(".pkl"):
+                if member.file_size > LARGEST_PICKLE:
+                    raise Problem(f"{path} holds a pickle of {member.file_size:,} bytes.", "No adapter needs that much beside its tensors.",
+                                  "Get the same artifact as .safetensors.")
+                with archive.open(member) as handle:
+                    found |= _globals_of(handle.read())
+    return found
+
+
+def _globals_of(source: Any) -> set[str]:
     """Globals of one pickle; a file is left standing after its STOP."""
     found: set[str] = set()
     strings: list[str | None] = []  # what the last opcodes pushed: text, or None for anything else

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -60,4 +61,8 @@ def save_tensors(
 def load_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a safetensors file: tensors as stored, and metadata. Raises Problem for a file that lies."""
     header = read_header(path)
-    return safetensors.torch.load_file(path, device="cpu"), header.metadata
+    try:
+        return safetensors.torch.load_file(path, device="cpu"), header.metadata
+    except safetensors.SafetensorError as error:
+        raise Problem(f"{path} is not a valid safetensors file: {error}.", "The file is damaged, cut off, or something else under that name.",
+                      "Download or export it again.") from error

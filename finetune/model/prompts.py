@@ -21,15 +21,17 @@ from torch import Tensor
 from finetune.errors import Problem
 from finetune.model.base import Base
 from finetune.model.conditioning import Cond
+from finetune.model.text import check_text
 
 ROUND, SQUARE = 1.1, 1 / 1.1  # what one pair of brackets multiplies the weight by
 BREAK = ("BREAK", -1.0)
 BACKTRACK = 20  # tokens after a comma that move to the next chunk with what overflows, as the web UI's default
 NO_MEAN = 1e-5  # a mean this small beside the states is rounding; to restore it would multiply by noise
 _WORD = 0xF0000  # first of the private characters that stand for learned words while brackets are read
-_PIECE = re.compile(r"""\\(?P<escaped>[()\[\]\\]?) | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\) |
+_PIECE = re.compile(r"""\\(?P<escaped>[()\[\]\\]?) | :\s*(?P<weight>[+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\) |
                         (?P<bracket>[()\[\]]) | [^\\()\[\]:]+ | :""", re.VERBOSE)
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
+DEEPEST = 200  # brackets open at once; each one more touches every word in it again
 
 
 def parse(text: str) -> list[tuple[str, float]]:
@@ -37,7 +39,10 @@ def parse(text: str) -> list[tuple[str, float]]:
 
     `(x)` multiplies by 1.1, `[x]` by 1/1.1, `(x:1.3)` by 1.3, nested brackets multiply; a backslash before a bracket or a
     backslash makes it plain. A bracket that is never closed reaches to the end; one that was never opened is text.
-    Any text can be read; an empty one is [("", 1.0)].
+    An empty text is [("", 1.0)].
+
+    Raises:
+        Problem: more than DEEPEST brackets within one another; any other text can be read.
     """
     found: list[tuple[str, float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
@@ -51,6 +56,9 @@ def parse(text: str) -> list[tuple[str, float]]:
             found.append((match["escaped"], 1.0))
         elif bracket in opened:
             opened[bracket].append(len(found))
+            if len(opened["("]) + len(opened["["]) > DEEPEST:
+                raise Problem(f"The prompt opens more than {DEEPEST} brackets within one another.", "Each multiplies the weight of all within.",
+                              "Close them, or write (word:1.5).")
         elif match["weight"] and opened["("]:
             scale(opened["("].pop(), float(match["weight"]))
         elif bracket == ")" and opened["("]:
@@ -58,7 +66,10 @@ def parse(text: str) -> list[tuple[str, float]]:
         elif bracket == "]" and opened["["]:
             scale(opened["["].pop(), SQUARE)
         else:
-            for place, part in enumerate(_BREAK.split(match[0])):
+            parts = _BREAK.split(match[0])
+            for place, part in enumerate(parts):  # white space goes beside a BREAK
+                part = part.lstrip() if place else part
+                part = part.rstrip() if place < len(parts) - 1 else part
                 found += [BREAK, (part, 1.0)] if place else [(part, 1.0)]
     for start in opened["("]:
         scale(start, ROUND)
@@ -137,6 +148,7 @@ def _segments(base: Base, prompt: str) -> list[tuple[str, float]]:
     Raises:
         Problem: a weight that is no finite number.
     """
+    check_text(prompt)
     signs = {trigger: chr(_WORD + place) for place, trigger in enumerate(sorted(base.placeholders, key=len, reverse=True))}
     if signs:
         prompt = re.sub("|".join(map(re.escape, signs)), lambda found: signs[found[0]], prompt)

@@ -89,8 +89,22 @@ def _trimmed(table: nn.Embedding, count: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(table.weight[:count].detach(), freeze=True)
 
 
+def check_text(prompt: str) -> None:
+    """A prompt is text: bytes of a command line or a file that are no UTF-8 arrive as halves of signs, which no tokenizer reads.
+
+    Raises:
+        Problem: it is not.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise Problem(f"The prompt {prompt.encode(errors='replace').decode()!r} is not Unicode text.", f"Sign {error.start + 1} of it is half a sign.",
+                      "Type it again, in a terminal or a file that is UTF-8.") from None
+
+
 def expand(base: Base, prompt: str) -> str:
     """Replace each own trigger by all the tokens it stands for, the longest one where several begin alike."""
+    check_text(prompt)
     if not base.placeholders:
         return prompt
     triggers = sorted(base.placeholders, key=len, reverse=True)
