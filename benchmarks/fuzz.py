@@ -134,7 +134,7 @@ def texts(words: list[str], most: int = 16) -> Any:
 def example_files(folder: Path) -> dict[str, list[bytes]]:
     """Small files of every kind that is read: safetensors, pickles, pictures."""
     import torch
-    from PIL import Image
+    from PIL import Image, ImageCms
 
     from finetune.formats import embedding, hypernetwork, lora
     from finetune.formats.hypernetwork_file import HypernetworkFile
@@ -158,7 +158,7 @@ def example_files(folder: Path) -> dict[str, list[bytes]]:
     pictures = []
     for kind, mode, more in (("PNG", "RGB", {}), ("PNG", "P", {"transparency": 0}), ("PNG", "I;16", {}), ("PNG", "LA", {}), ("JPEG", "RGB", {"exif": _turned()}),
                              ("JPEG", "CMYK", {}), ("GIF", "P", {"save_all": True, "append_images": [picture]}), ("TIFF", "F", {}), ("TIFF", "RGB", {"compression": "tiff_lzw"}),
-                             ("WEBP", "RGB", {}), ("BMP", "RGB", {}), ("ICO", "RGBA", {"sizes": [(9, 7)]}), ("TGA", "RGB", {}), ("PPM", "RGB", {}),
+                             ("WEBP", "RGB", {}), ("PNG", "RGB", {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()}), ("BMP", "RGB", {}), ("ICO", "RGBA", {"sizes": [(9, 7)]}), ("TGA", "RGB", {}), ("PPM", "RGB", {}),
                              ("DDS", "RGB", {}), ("PCX", "RGB", {}), ("SGI", "RGB", {}), ("JPEG2000", "RGB", {}), ("AVIF", "RGB", {})):
         with suppress(KeyError, OSError, ValueError):  # a Pillow that cannot write this kind
             target = io.BytesIO()

@@ -17,6 +17,7 @@ _UNREADABLE_KINDS = {
     **dict.fromkeys((".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2"), "Pillow here cannot read {}; save it as JPEG or PNG"),
     **dict.fromkeys((".svg", ".ai", ".pdf"), "{} files are drawings, not pixels; export it as PNG"),
 }
+LEADS_OUT = "a link that leads out of the folder; copy the file into it"
 # Camera raw files must not be tried: many are TIFF inside, and Pillow would take their thumbnail for the picture.
 _RAW = {".3fr", ".arw", ".cr2", ".cr3", ".dng", ".erf", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"}
 
@@ -78,7 +79,8 @@ def scan(folder: Path, max_pixels: int, *, flag: str = "--instance-dir", caption
     """
     found = Intake()
     visible = [path for path in _entries(Path(folder), flag) if not path.name.startswith(".")]
-    caption_files = [path for path in visible if path.is_file() and is_caption_file(path)]
+    strangers = {path for path in visible if path.is_symlink() and leads_out(path)}  # what they show is not of this folder
+    caption_files = [path for path in visible if is_caption_file(path) and path not in strangers and path.is_file()]
     texts, notes = read_captions(caption_files) if captions else ({}, [])
     if caption_files and not captions:
         notes.append(f"{len(caption_files)} caption file(s) beside the pictures are not read")
@@ -87,6 +89,8 @@ def scan(folder: Path, max_pixels: int, *, flag: str = "--instance-dir", caption
         if path in caption_files:
             continue
         try:
+            if path in strangers:
+                raise Unreadable(LEADS_OUT)
             picture = _read(path, max_pixels)
             refuse_twin(picture, first_with)
         except Unreadable as error:
@@ -98,6 +102,14 @@ def scan(folder: Path, max_pixels: int, *, flag: str = "--instance-dir", caption
     notes += [f"a caption is given for {name}, but there is no such picture" for name in unused(texts, known)]
     found.notes += notes
     return found
+
+
+def leads_out(path: Path) -> bool:
+    """Whether a link leads out of the folder it lies in, to something that is there."""
+    try:
+        return path.exists() and not path.resolve().is_relative_to(path.parent.resolve())
+    except (OSError, RuntimeError):  # to itself, for one
+        return False
 
 
 def _entries(folder: Path, flag: str) -> list[Path]:

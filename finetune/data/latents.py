@@ -33,7 +33,7 @@ def cache_folder(root: Path, settings: TrainSettings, weights: str) -> Path | No
     """Where posteriors of these weights at this resolution are kept with --latent-cache disk; None otherwise."""
     if settings.latent_cache != "disk" or settings.crop == "random":
         return None
-    return Path(root) / hashlib.sha256(f"{weights} {settings.resolution} {settings.crop}".encode()).hexdigest()[:16]
+    return Path(root) / hashlib.sha256(f"{weights} {settings.resolution} {settings.crop} profiles".encode()).hexdigest()[:16]
 
 
 class Latents:

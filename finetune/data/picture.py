@@ -1,7 +1,7 @@
 """One picture: from a file of any kind to upright 8-bit RGB, and from there to a training square.
 
-Order of treatment: size limit (before decoding), decode, first frame, EXIF orientation, then RGB. What was done is
-said in `Picture.note`, so that nothing happens silently.
+Order of treatment: size limit (before decoding), decode, first frame, EXIF orientation, colour profile, then RGB. What was done
+is said in `Picture.note`, so that nothing happens silently.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
+from finetune.data import profiles
 from finetune.errors import Problem
 
 # What Pillow's decoders raise on broken files.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error,
           zlib.error, MemoryError, RuntimeError)
+STRIP = 32  # times as long as high, from which on a picture is cut before it is enlarged
 # Formats that hold no single picture, or that Pillow hands to an outside program (EPS goes to Ghostscript).
 REFUSED_FORMATS = {"EPS", "WMF", "PDF", "MPEG", "GRIB", "HDF5", "BUFR"}
 # EXIF orientation to the turn that makes the picture upright; `ImageOps.exif_transpose` also rewrites the EXIF block,
@@ -129,6 +131,8 @@ def _upright_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
         notes.append("EXIF is damaged, so not turned")
     if deep_channels:
         notes.append("16 bits a channel cut to 8")
+    image, note = profiles.to_srgb(image)
+    notes += [note] * bool(note)
     image, note = to_rgb(image)
     return image, notes + [note] * bool(note)
 
@@ -144,8 +148,8 @@ def _orientation(image: Image.Image) -> int | None:
 def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
     """Any Pillow mode to 8-bit RGB, and what was done ("" for RGB).
 
-    Transparency of every kind (alpha channel, palette entry, PNG colour key) is laid on white. Colour profiles are
-    not applied.
+    Transparency of every kind (alpha channel, palette entry, PNG colour key) is laid on white. Colour profiles were
+    applied before (`finetune.data.profiles`).
     """
     mode = image.mode
     if mode.startswith(("I", "F")):
@@ -197,15 +201,24 @@ def fit(image: Image.Image, resolution: int, crop: str, place: tuple[float, floa
 
 
 def shrink(image: Image.Image, resolution: int) -> Image.Image:
-    """Resize so that the short side is `resolution` pixels, keeping the aspect ratio."""
+    """Resize so that the short side is `resolution` pixels, keeping the aspect ratio.
+
+    A strip stays as it is, and `cut` enlarges no more of it than the square: 20,000 x 10 pixels would become a million wide.
+    """
     width, height = image.size
     short = min(width, height)
+    if max(width, height) > STRIP * short:
+        return image
     size = (max(resolution, round(width * resolution / short)), max(resolution, round(height * resolution / short)))
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def cut(image: Image.Image, resolution: int, place: tuple[float, float]) -> Image.Image:
     """The square of `resolution` pixels at `place` (see `fit`)."""
+    if min(image.size) != resolution:  # a strip, see `shrink`
+        side = min(image.size)
+        left, top = (share * (long - side) for share, long in zip(place, image.size, strict=True))
+        return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
     left, top = (min(int(share * (side - resolution + 1)), side - resolution)
                  for share, side in zip(place, image.size, strict=True))
     return image.crop((left, top, left + resolution, top + resolution))
