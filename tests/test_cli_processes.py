@@ -19,36 +19,36 @@ def child(monkeypatch):
     """Makes `processes.train` run a Python script instead."""
 
     def use(script: str) -> None:
-        monkeypatch.setattr(processes, "command", lambda method, recipe, *flags: [sys.executable, "-c", script])
+        monkeypatch.setattr(processes, "command", lambda *words: [sys.executable, "-c", script])
 
     return use
 
 
 def test_command_is_this_interpreter():
-    assert processes.command("lora", Path("a.toml"), "--resume") == [sys.executable, "-m", "finetune", "lora", "--recipe", "a.toml", "--resume"]
+    assert processes.command("lora", "--recipe", "a.toml", "--resume") == [sys.executable, "-m", "finetune", "lora", "--recipe", "a.toml", "--resume"]
 
 
 def test_success_says_nothing_and_passes_output_through(child, capfd):
     child("import sys; print('step 1'); print('a warning', file=sys.stderr)")
-    assert processes.train("lora", Path("a.toml")) is None
+    assert processes.train("lora", "--recipe", "a.toml") is None
     assert capfd.readouterr().out == "step 1\n"
 
 
 def test_failure_is_one_line(child, capsys):
     child("import sys; print('noise\\nProblem: No pictures.\\n    Fix: Add some.', file=sys.stderr); sys.exit(2)")
-    assert processes.train("lora", Path("a.toml")) == "Problem: No pictures. Fix: Add some."
+    assert processes.train("lora", "--recipe", "a.toml") == "Problem: No pictures. Fix: Add some."
     assert "    Fix: Add some.\n" in capsys.readouterr().err
 
 
 def test_a_killed_child_is_named_as_such(child):
     child("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    assert processes.train("lora", Path("a.toml")) == "no message (killed by signal 9)"
+    assert processes.train("lora", "--recipe", "a.toml") == "no message (killed by signal 9)"
 
 
 def test_interrupted_child_interrupts_us(child):
     child("raise SystemExit(130)")
     with pytest.raises(KeyboardInterrupt):
-        processes.train("lora", Path("a.toml"))
+        processes.train("lora", "--recipe", "a.toml")
 
 
 def test_sigterm_is_handed_on_and_waited_for(child, tmp_path):
@@ -66,5 +66,5 @@ def test_sigterm_is_handed_on_and_waited_for(child, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        processes.train("lora", Path("a.toml"))
+        processes.train("lora", "--recipe", "a.toml")
     assert saved.exists() and signal.getsignal(signal.SIGTERM) is before

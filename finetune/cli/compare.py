@@ -104,7 +104,7 @@ def in_turn(cell: Cell, todo: dict[str, str | None], console: Console) -> None:
         if flag is None:
             console.print(f"Kept: {cell.folder / row.name} is finished with these settings.", soft_wrap=True)
         else:
-            trouble = processes.train(row.method, recipe(cell, row), *([flag] if flag else []))
+            trouble = processes.train(*words(cell, row, flag))
         cell.note(row, trouble)
 
 
@@ -121,10 +121,14 @@ def together(cell: Cell, todo: dict[str, str | None], console: Console) -> None:
     jobs.run([job(cell, row, todo[row.name] or "") for row in cell.rows if todo[row.name] is not None], cell.settings.workers, ended)
 
 
+def words(cell: Cell, row: Row, flag: str) -> list[str]:
+    """What trains a row: `finetune WORDS`. Of a row that has finished nobody needs the checkpoint."""
+    return [row.method, "--recipe", str(recipe(cell, row)), "--keep-checkpoints", "0", *([flag] if flag else [])]
+
+
 def job(cell: Cell, row: Row, flag: str) -> jobs.Job:
     """The training of one row as a job."""
-    words = lambda: [row.method, "--recipe", str(recipe(cell, row)), "--keep-checkpoints", "0", *([flag] if flag else [])]  # noqa: E731
-    return jobs.Job(row.name, row.name, cell.name, words, cell.folder / "logs" / f"{row.name}.log", lambda trouble: cell.note(row, trouble))
+    return jobs.Job(row.name, row.name, cell.name, lambda: words(cell, row, flag), cell.folder / "logs" / f"{row.name}.log", lambda trouble: cell.note(row, trouble))
 
 
 def tell_failures(failed: list[tuple[str, str]], console: Console) -> None:

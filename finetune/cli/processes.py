@@ -17,8 +17,8 @@ from finetune.errors import Problem
 HEADS = ("Problem:", "Error:")
 
 
-def train(method: str, recipe: Path, *flags: str) -> str | None:
-    """Run `finetune METHOD --recipe FILE` in a fresh process of this interpreter.
+def train(*words: str) -> str | None:
+    """Run `finetune WORDS` in a fresh process of this interpreter.
 
     Its standard output is ours (so a terminal sees the progress bar); its errors are shown and remembered.
 
@@ -27,8 +27,7 @@ def train(method: str, recipe: Path, *flags: str) -> str | None:
     Returns: None when it succeeded, else one line saying what went wrong.
     """
     sys.stdout.flush()
-    words = command(method, recipe, *flags)
-    child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", bufsize=1,
+    child = subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", bufsize=1,
                              close_fds=False)  # so that it holds the folder's lock as long as it lives
     said: list[str] = []
     reader = threading.Thread(target=tee, args=(child.stderr, said), daemon=True)
@@ -41,9 +40,9 @@ def train(method: str, recipe: Path, *flags: str) -> str | None:
     return None if code == 0 else last_words(said, code)
 
 
-def command(method: str, recipe: Path, *flags: str) -> list[str]:
-    """The words that train one row."""
-    return [sys.executable, "-m", "finetune", method, "--recipe", str(recipe), *flags]
+def command(*words: str) -> list[str]:
+    """`finetune WORDS` by this interpreter."""
+    return [sys.executable, "-m", "finetune", *words]
 
 
 @contextlib.contextmanager
