@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from finetune import __version__
 from finetune.cli import failures
 from finetune.cli.flags import command
+from finetune.cli.short_of_memory import guarded
 from finetune.cli.verbs import find, verbs
 
 
@@ -24,7 +25,7 @@ class LazyGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import and build one verb; an unknown name is refused with the nearest one."""
-        return command(find(cmd_name))
+        return command(guarded(find(cmd_name)))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb. The parser would turn an interruption into an exit code without a word."""

@@ -5,15 +5,27 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import textwrap
 import traceback
 
 from rich.console import Console
 from rich.text import Text
 
-from finetune.errors import Problem, nearest
+from finetune.errors import Problem, nearest, out_of_memory
 
 REFUSED, UNEXPECTED, INTERRUPTED = 2, 1, 130
+_PERMISSIONS = "Check its permissions, or choose another folder with --output."
+_PATH = "Check the path."
+REMEDIES = {  # what the system refuses on a right path -> what to do
+    errno.ENOENT: _PATH, errno.EEXIST: "A file is there where a folder is wanted: choose another folder with --output.",
+    errno.EACCES: _PERMISSIONS, errno.EPERM: _PERMISSIONS, errno.EROFS: "Its disk is read-only: choose another folder with --output.",
+    errno.ENOSPC: "Make room on that disk, or choose a folder on another with --output.",
+    errno.EDQUOT: "Your quota there is used up: make room, or choose another folder with --output.",
+    errno.ENOTDIR: _PATH, errno.EISDIR: _PATH, errno.ENAMETOOLONG: "Choose a shorter name.", errno.ELOOP: "The link leads to itself: name what it should lead to.",
+    errno.EMFILE: "Too many files are open: raise the limit with `ulimit -n 4096`.", errno.EIO: "The disk may be failing: save what matters elsewhere.",
+}
 
 
 def tell(error: BaseException, debug: bool) -> int:
@@ -23,6 +35,7 @@ def tell(error: BaseException, debug: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         block([("Stopped", "interrupted.")])
         return INTERRUPTED
+    error = of_system(error) or error
     if isinstance(error, Problem):
         block([("Problem", error.what), ("Why", error.why), ("Fix", error.fix)])
         return REFUSED
@@ -33,6 +46,21 @@ def tell(error: BaseException, debug: bool) -> int:
     fix = "" if debug else "Run the same command again with --debug to see where it happened."
     block([("Error", f"{type(error).__name__}: {message}"), ("Fix", fix)])
     return UNEXPECTED
+
+
+def of_system(error: BaseException) -> Problem | None:
+    """The refusal for what the system says of files and texts, and for memory; None for everything else."""
+    if out_of_memory(error):
+        return Problem("Memory ran out.", "Other programs may hold most of it.", "Close some, or run it on a machine with more.")
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        part = error.object[max(0, error.start - 20):error.end + 20]
+        return Problem(f"The text {part.encode(errors='replace').decode()!r} is not Unicode.", "It came as bytes that are no UTF-8.",
+                       "Type it in a terminal or a file that is UTF-8.")
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        place = error.filename2 or error.filename
+        what = f"{os.fsdecode(place)} cannot be opened or written." if place else "A file cannot be opened or written."
+        return Problem(what, f"The system says: {error.strerror}.", REMEDIES[error.errno])
+    return None
 
 
 def usage(error: BaseException) -> list[tuple[str, str]]:
