@@ -94,14 +94,20 @@ def test_too_many_in_a_row_stop(tiny_model: Path, pictures_dir: Path, tmp_path: 
 
 
 def test_a_loss_that_runs_away_is_told_once() -> None:
-    watch = divergence.Watch(window=4, bound=2.0)
-    assert watch.add([1.0, 3.0, 1.0, 3.0]) is None  # the first window, mean 2
-    assert watch.add([4.0, 4.0, 3.9]) is None  # not a whole window yet
-    assert watch.add([4.0]) is None  # 3.975 is not twice as much
-    assert watch.add([float("nan"), 9.0]) == pytest.approx((4.0 + 3.9 + 4.0 + 9.0) / 4 / 2)
-    assert watch.add([90.0] * 8) is None  # said already
-    assert divergence.sentence(2.6, 1e-2) == ("The loss of the last 50 steps is 2.6 times that of the first 50: training runs away. "
-                                              "The likely cause is the learning rate (0.01); a third of it is worth trying.")
+    watch = divergence.Watch()
+    assert watch.add([1.0, 3.0] * 10) is None  # the first ones, mean 2
+    assert watch.add([4.9] * 49) is None  # not 50 yet
+    assert watch.add([4.9]) is None  # 4.9 is not 2.5 times as much
+    assert watch.add([float("nan"), *[5.5] * 25]) == "The mean loss of the last 50 steps is 2.6 times that of the first 20: training runs away."
+    assert watch.add([90.0] * 80) is None and watch.look(90.0) is None  # said already
+    assert divergence.advice(1e-2) == "The likely cause is the learning rate (0.01); a third of it is worth trying."
+
+
+def test_the_fixed_set_is_looked_at_too() -> None:
+    watch = divergence.Watch()
+    assert watch.look(0.2) is None and watch.look(0.29) is None
+    assert watch.look(0.4) == "The loss on the fixed set is 2.0 times that of the first look: training runs away."
+    assert divergence.Watch(0.2).look(0.31) and divergence.Watch(0.2).look(0.29) is None  # a resumed run knows its first look
 
 
 def test_a_run_that_runs_away_says_so_and_a_usual_one_does_not(tiny_model: Path, pictures_dir: Path, tmp_path: Path,

@@ -219,14 +219,10 @@ def test_ratio_is_numpy_s_and_needs_more_than_a_window() -> None:
 
 def made_up(losses: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the fixed set say these losses, by step."""
-    places: list[int] = []
-
-    def told(base: Any, method: Any, source: Any, settings: Any) -> float:
-        return losses[places[-1]]
-
-    real = run_room._validate
-    monkeypatch.setattr(run_room, "_validate", lambda *arguments: (places.append(arguments[-1]), real(*arguments))[1])
-    monkeypatch.setattr(run_room, "validation_loss", told)
+    states: list[Any] = []
+    real = run_room.prepare
+    monkeypatch.setattr(run_room, "prepare", lambda *arguments: (states.append(real(*arguments)), states[-1])[1])
+    monkeypatch.setattr(run_room, "validation_loss", lambda *arguments: losses[states[-1].step])
 
 
 SETTLES = {0: 1.0, 2: 0.5, 4: 0.3, 6: 0.29, 8: 0.29, 10: 0.29, 12: 0.29}

@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
-# Losses of single steps differ tenfold with the timestep, so means of many are compared: 50 steps leave about a tenth of that.
-WINDOW = 50
-# docs/reliability.md has the largest ratio of runs that went well, and the ratios of runs with too high a rate.
-BOUND = 2.0
+import math
+
+# Losses of single steps differ tenfold with the timestep, so means of many are compared. The first ones are few, because a
+# rate that is far too high has done its harm within tens of steps.
+FIRST, NEWEST, BOUND = 20, 50, 2.5
+# The fixed set has the same noise at every look, so less is already much. docs/reliability.md has the largest ratios of
+# runs that went well, and those of rates that are too high.
+BOUND_FIXED = 1.5
 
 
 class Watch:
-    """Compares the mean loss of the newest steps with that of a run's first ones.
+    """Compares the mean loss of the newest steps with that of a run's first ones, and losses on the fixed set with its first.
 
     Args:
-        window: steps of a mean. bound: how many times the first mean is too much.
+        start: the loss on the fixed set before the first step, where it was looked at.
     """
 
-    def __init__(self, window: int = WINDOW, bound: float = BOUND):
-        self.window, self.bound = window, bound
+    def __init__(self, start: float | None = None):
+        self.start = start
         self._first: list[float] = []
         self._newest: list[float] = []
         self._told = False
 
-    def add(self, losses: list[float]) -> float | None:
-        """Losses of further steps, in order; how many times the first mean the newest one is, the first time that is too much."""
-        finite = [loss for loss in losses if loss == loss]
-        room = self.window - len(self._first)
+    def add(self, losses: list[float]) -> str | None:
+        """Losses of further steps, in order; what is to be said, once."""
+        finite = [loss for loss in losses if not math.isnan(loss)]
+        room = max(0, FIRST - len(self._first))
         self._first += finite[:room]
-        self._newest = (self._newest + finite[room:] if room > 0 else self._newest + finite)[-self.window:]
-        if self._told or len(self._newest) < self.window:
+        self._newest = (self._newest + finite[room:])[-NEWEST:]
+        if len(self._newest) < NEWEST:
             return None
-        times = sum(self._newest) / max(sum(self._first), 1e-12)
-        self._told = times > self.bound
-        return times if self._told else None
+        return self._tell(sum(self._newest) / NEWEST, sum(self._first) / FIRST, BOUND, f"The mean loss of the last {NEWEST} steps", f"the first {FIRST}")
+
+    def look(self, fixed: float) -> str | None:
+        """The loss on the fixed set; what is to be said, once."""
+        if self.start is None:
+            self.start = fixed
+        return self._tell(fixed, self.start, BOUND_FIXED, "The loss on the fixed set", "the first look")
+
+    def _tell(self, now: float, first: float, bound: float, what: str, which: str) -> str | None:
+        times = now / max(first, 1e-12)
+        if self._told or not times > bound:
+            return None
+        self._told = True
+        return f"{what} is {times:.1f} times that of {which}: training runs away."
 
 
-def sentence(times: float, rate: float) -> str:
-    """What is said of it."""
-    return (f"The loss of the last {WINDOW} steps is {times:.1f} times that of the first {WINDOW}: training runs away. "
-            f"The likely cause is the learning rate ({rate:g}); a third of it is worth trying.")
+def advice(rate: float) -> str:
+    """What to do about it."""
+    return f"The likely cause is the learning rate ({rate:g}); a third of it is worth trying."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.markup import escape
 
 from finetune import data, draws, engine, methods, runs
 from finetune.errors import Problem
@@ -23,21 +21,19 @@ from finetune.model.families import CHANNELS, locate
 from finetune.model.sampling import render
 from finetune.model.text import encode_cached
 from finetune.settings import TrainSettings
-from finetune.training import artifacts, checkpoint, divergence, folders, memory, processes, records, signals, space, stopping
+from finetune.training import artifacts, checkpoint, folders, memory, processes, records, signals, space, stopping
 from finetune.training.announce import announce
-from finetune.training.loop import Progress, State, at_rest, fit, prepare, validation_loss
+from finetune.training.journal import Journal
+from finetune.training.loop import State, at_rest, fit, prepare, validation_loss
 from finetune.training.meter import Meter
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How the steps ended: seconds inside them by the clock and of all cores, why (all were taken, the loss has settled, or a signal
-    came), and how many were left out for a broken number."""
+    """How the steps ended: what was noted of them, and why: all were taken, the loss has settled, or a signal came."""
 
-    seconds: float
-    cpu_seconds: float
+    journal: Journal
     reason: Literal["steps", "dvar", "signal"]
-    skipped: int = 0
 
 
 def train(settings: TrainSettings, console: Console | None = None) -> Path:
@@ -105,13 +101,13 @@ def _run(given: TrainSettings, method: Method, accelerator: Accelerator, device:
         if writes:
             records.note_stop(folder, manifest, state, console)
         return folder
-    seconds = {"total": time.perf_counter() - started, "training": ending.seconds, "class_images": class_seconds,
-               "per_step": ending.seconds / state.step, "training_cpu": ending.cpu_seconds}
+    seconds = {"total": time.perf_counter() - started, "training": ending.journal.seconds, "class_images": class_seconds,
+               "per_step": ending.journal.seconds / state.step, "training_cpu": ending.journal.cpu_seconds}
     manifest |= records.length(settings, state.step, accelerator)
     if ending.reason == "dvar":
         manifest["stopped"] = {"reason": "dvar", "step": state.step, "planned": settings.steps}
         console.print(f"The loss on the fixed set has settled: ended after step {state.step} of {settings.steps}.")
-    manifest |= {"steps_left_out": ending.skipped} if ending.skipped else {}
+    manifest |= {"steps_left_out": ending.journal.skipped} if ending.journal.skipped else {}
     if not writes:
         return folder
     if not settings.keep_checkpoints:
@@ -192,25 +188,23 @@ def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, so
         facts: what a checkpoint's numbers follow from.
         asked: whether a signal came, which now waits for the end of a step.
     """
-    metrics, writes, watch = runs.read_metrics(folder), accelerator.is_main_process, divergence.Watch()
-    last_line = next((line for line in reversed(metrics) if "seconds" in line), {})
-    spent, busy, before = (last_line.get(key, 0) for key in ("seconds", "cpu_seconds", "left_out"))
-    skipped = before
-    watched = stopping.looked_at(metrics, settings.validate_every) if settings.validate_every else []
+    writes = accelerator.is_main_process
+    journal = Journal(folder, console, writes)
+    watched = stopping.looked_at(journal.read, settings.validate_every) if settings.validate_every else []
     accelerator.wait_for_everyone()  # all have read before anyone writes
     if state.step == 0 and settings.validate_every:
-        watched.append(_validate(folder, settings, method, base, source, 0, writes))
+        watched.append(validation_loss(base, method, source, settings))
+        journal.look(0, watched[0], settings.learning_rate)
     if _settled(settings, watched):  # a run that had settled is resumed: its checkpoint is where it ends
-        return Ending(spent, busy, "dvar", skipped)
-    losses: list[torch.Tensor] = []
+        return Ending(journal, "dvar")
     asked.wait()
     with Meter(console, method.name, settings.steps, state.step) as meter:
         for progress in fit(base, method, source, settings, accelerator, state):
-            spent, busy, skipped = spent + progress.seconds, busy + progress.cpu_seconds, before + progress.skipped
-            losses.append(progress.loss)
+            journal.step(progress)
             last = state.step == settings.steps
             if _due(settings.validate_every, state.step, last):
-                loss = _validate(folder, settings, method, base, source, state.step, writes)
+                loss = validation_loss(base, method, source, settings)
+                journal.look(state.step, loss, progress.learning_rate)
                 watched += [loss] if state.step % settings.validate_every == 0 else []
             done = _settled(settings, watched) and not last
             last = last or done
@@ -218,11 +212,7 @@ def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, so
             artifact = _due(settings.export_every, state.step, last)
             keep = signalled or done or _due(settings.checkpoint_every, state.step, last and _stays(settings, state.step))
             if state.step % settings.log_every == 0 or last or keep or artifact:
-                told = _log(folder, progress, losses, spent, busy, skipped, watch, writes)
-                for line in [*progress.told, *told]:
-                    console.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
-                meter.to(state.step, loss=float(torch.stack(losses).nanmean()))
-                losses.clear()
+                meter.to(state.step, loss=journal.line(progress))
             if writes and _due(settings.preview_every, state.step, last):
                 _preview(folder, settings, method, base, state.step)
             if writes and artifact:  # before the checkpoint: what a checkpoint leaves behind is there
@@ -230,8 +220,8 @@ def _steps(folder: Path, settings: TrainSettings, method: Method, base: Base, so
             if writes and keep:
                 checkpoint.save(folder, state, facts, max(1, settings.keep_checkpoints))
             if done or signalled:
-                return Ending(spent, busy, "dvar" if done else "signal", skipped)
-    return Ending(spent, busy, "steps", skipped)
+                return Ending(journal, "dvar" if done else "signal")
+    return Ending(journal, "steps")
 
 
 def _due(every: int, step: int, last: bool = False) -> bool:
@@ -247,28 +237,6 @@ def _stays(settings: TrainSettings, step: int) -> bool:
 def _settled(settings: TrainSettings, watched: list[float]) -> bool:
     """Whether --stop dvar ends the run, given the fixed set's losses so far."""
     return settings.stop == "dvar" and stopping.settled(watched, settings.stop_window, settings.stop_threshold)
-
-
-def _validate(folder: Path, settings: TrainSettings, method: Method, base: Base, source: Any, step: int, writes: bool) -> float:
-    """The loss on the fixed set, noted in metrics.jsonl by the process that writes."""
-    loss = validation_loss(base, method, source, settings)
-    if writes:
-        runs.append_metrics(folder, step=step, validation_loss=loss)
-    return loss
-
-
-def _log(folder: Path, progress: Progress, losses: list[torch.Tensor], spent: float, busy: float, skipped: int, watch: divergence.Watch,
-         writes: bool) -> list[str]:
-    """One line of metrics: the mean loss since the last line, and the sums so far; what is to be told of the losses."""
-    found = torch.stack(losses)
-    found = found[torch.isfinite(found)]
-    norm = None if not progress.grad_norm else float(progress.grad_norm)  # stepping in the backward pass has none
-    if writes:
-        runs.append_metrics(folder, step=progress.step, loss=float(found.mean()) if len(found) else None, learning_rate=progress.learning_rate,
-                            grad_norm=norm if norm is not None and math.isfinite(norm) else None, seconds=round(spent, 4),
-                            cpu_seconds=round(busy, 4), **({"left_out": skipped} if skipped else {}))
-    times = watch.add(found.tolist())
-    return [divergence.sentence(times, progress.learning_rate)] if times else []
 
 
 def _preview(folder: Path, settings: TrainSettings, method: Method, base: Base, step: int) -> None:
