@@ -18,6 +18,7 @@ from matplotlib import font_manager  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
+from finetune.evaluation import study  # noqa: E402
 from finetune.report import words  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -29,14 +30,14 @@ COSTS = {"training_seconds": words.seconds, "training_cpu_seconds": words.second
 
 def summary(folder: Path) -> dict[str, Any] | None:
     """What the page needs of one study; None where it was not run."""
-    if not (folder / "scores.json").is_file():
+    if not any(folder.glob("cells/*/scores.json")):
         return None
-    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    scores = study.aggregate(folder)  # of all cells that are scored, be it while others are still trained
     info = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     keep = ("row", "title", "scores", "costs", "cells", "flags")
     return {"columns": scores["columns"], "rows": [{key: row[key] for key in keep if key in row} for row in scores["rows"]],
             "pairs": scores["pairs"], "ranks": scores.get("ranks", {}), "wins": scores.get("wins", []),
-            "cells": [{key: cell[key] for key in ("name", "subject", "seed")} for cell in info["cells"]],
+            "cells": [{key: cell[key] for key in ("name", "subject", "seed")} for cell in info["cells"] if cell["name"] in {one["name"] for one in scores["cells"]}],
             "judge": scores["judge"], "model_hash": info["model_hash"], "workers": info.get("workers", 1)}
 
 
