@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from finetune import methods, runs
 from finetune.errors import Problem
 from finetune.model import load, render
 from finetune.model.canvas import encode_picture
-from finetune.training import divergence, loop, train
+from finetune.training import divergence, finite, loop, train
 from finetune.training.loop import timesteps_of
 
 
@@ -91,6 +92,17 @@ def test_too_many_in_a_row_stop(tiny_model: Path, pictures_dir: Path, tmp_path: 
     Broken(monkeypatch, "loss", (1, 2, 4, 5))
     run(tiny_model, pictures_dir, tmp_path / "other", on_nonfinite="skip", skip_at_most=2)
     assert runs.read_json(tmp_path / "other" / "manifest.json")["steps_left_out"] == 4
+
+
+def test_fp16_that_only_overflows_is_no_training() -> None:
+    """torch's scaler leaves such steps out by itself, for ever."""
+    scale = [1.0]
+    accelerator = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale[0]), device=torch.device("cpu"), num_processes=1)
+    guard = finite.Guard(SimpleNamespace(), SimpleNamespace(), accelerator, lambda batch: torch.zeros(1))
+    assert guard.look() == []
+    scale[0] = 2.0**-9
+    with pytest.raises(Problem, match=r"however small fp16's loss was scaled.*0\.002.*bf16 or fp32"):
+        guard.look()
 
 
 def test_a_loss_that_runs_away_is_told_once() -> None:

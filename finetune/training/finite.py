@@ -14,6 +14,9 @@ from finetune.errors import Problem
 from finetune.settings import TrainSettings
 from finetune.training import processes
 
+# fp16's loss scale begins at 65,536 and is halved at every overflow: 24 more of these than scale-ups have been.
+SMALLEST_SCALE = 2.0**-8
+
 
 @dataclass(frozen=True)
 class Noted:
@@ -72,6 +75,11 @@ class Guard:
         Raises:
             Problem: as in `passes`.
         """
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
+            raise Problem("No gradient has been a finite number for many steps, however small fp16's loss was scaled.",
+                          f"The scale has fallen to {scaler.get_scale():.2g}; those steps were left out.",
+                          "Lower --learning-rate, or use --precision bf16 or fp32; the last checkpoint is good.")
         noted, self._noted = self._noted, []
         if noted and not torch.stack([one.good for one in noted]).all():
             for one in noted:
