@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import textwrap
 import traceback
@@ -56,11 +57,22 @@ def of_system(error: BaseException) -> Problem | None:
         part = error.object[max(0, error.start - 20):error.end + 20]
         return Problem(f"The text {part.encode(errors='replace').decode()!r} is not Unicode.", "It came as bytes that are no UTF-8.",
                        "Type it in a terminal or a file that is UTF-8.")
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) and (place := _file_of(error)):
+        return Problem(f"{place} is damaged.", f"It does not read as JSON: {error}.", "Bring it back from a copy, or make it again.")
+    if type(error).__name__ == "SafetensorError":
+        return Problem("A weights file is damaged, or something else under that name.", f"The safetensors library says: {error}.",
+                       "Download or export it again; --debug shows which file was being read.")
     if isinstance(error, OSError) and error.errno in REMEDIES:
         place = error.filename2 or error.filename
         what = f"{os.fsdecode(place)} cannot be opened or written." if place else "A file cannot be opened or written."
         return Problem(what, f"The system says: {error.strerror}.", REMEDIES[error.errno])
     return None
+
+
+def _file_of(error: BaseException) -> str:
+    """The file that `runs.read_json` was reading when the error came, or "" where it came from elsewhere."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "read_json"]
+    return str(frames[-1].f_locals.get("path", "")) if frames else ""
 
 
 def usage(error: BaseException) -> list[tuple[str, str]]:

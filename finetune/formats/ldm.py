@@ -95,11 +95,28 @@ def _weights(place: Path, stem: str) -> list[Path]:
     for middle in ("", ".fp16"):
         index = place / f"{stem}.safetensors.index{middle}.json"
         if index.is_file():
-            return sorted({place / file for file in read_json(index)["weight_map"].values()})
+            return shards(index)
         if (file := place / f"{stem}{middle}.safetensors").is_file():
             return [file]
     raise Problem(f"{place} holds no {stem}.safetensors.", "The weights of this part are missing or are pickles.",
                   "Save the folder again with safe_serialization=True.")
+
+
+def shards(index: Path) -> list[Path]:
+    """The files a sharded network's index names, all beside it.
+
+    Raises:
+        Problem: it is damaged, or names a file elsewhere.
+    """
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name or "\\" in name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Problem(f"The index {index} is damaged.", f"It names no files ({type(error).__name__}).", "Download the model again.") from error
+    if outside:
+        raise Problem(f"The index {index} names {outside[0]!r}, which leads out of its folder.", "A model is read from its own folder alone.",
+                      "Download the model again, from whom you trust.")
+    return [index.parent / name for name in names]
 
 
 def layout_of(checkpoint: Checkpoint) -> str:

@@ -79,7 +79,7 @@ def read_folder(path: Path) -> Adapters:
     for part in lora_names.COMPONENTS:
         if not (path / part / "adapter_config.json").is_file():
             continue
-        config = read_json(path / part / "adapter_config.json")
+        config = _config(path / part / "adapter_config.json")
         tensors, metadata = load_tensors(path / part / "adapter_model.safetensors")
         groups: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
@@ -89,10 +89,33 @@ def read_folder(path: Path) -> Adapters:
                               "LoRA, DoRA, LoHa, LoKr and OFT are read.")
             groups.setdefault(found[1].removeprefix("base_model.model."), {})[found[2]] = value
         for name, parts in groups.items():
-            modules[lora_names.canonical(f"{part}.{name}")] = _of_parts(name, parts, config, metadata)
+            try:
+                modules[lora_names.canonical(f"{part}.{name}")] = _of_parts(name, parts, config, metadata)
+            except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError, re.error) as error:
+                raise Problem(f"{path / part / 'adapter_config.json'} does not describe the adapter beside it.", f"Module {name!r}: {error}.",
+                              "Get the folder again, or export it again.") from error
     if not modules:
         raise Problem(f"{path} holds no PEFT adapters.", "Neither unet/ nor text_encoder/ has an adapter_config.json.", "Name the artifact's folder.")
     return Adapters(modules, metadata)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """A PEFT configuration whose patterns end: they are regular expressions, and a stranger's can run for years.
+
+    Raises:
+        Problem: it is damaged, or one of its patterns repeats what repeats.
+    """
+    try:
+        config = read_json(path)
+        patterns = [pattern for key in ("rank_pattern", "alpha_pattern") for pattern in (config.get(key) or {})]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise Problem(f"{path} is damaged.", f"It is no PEFT configuration ({error}).", "Get the folder again.") from error
+    for pattern in patterns:
+        if len(pattern) > 500 or re.search(r"[)\]}*+?]\s*[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+            raise Problem(f"{path} has a pattern that may never end: {pattern[:60]!r}.", "It repeats what repeats.", "Write plain module names into it.")
+    if not 1 <= config.get("num_cayley_neumann_terms", 5) <= 100:
+        raise Problem(f"{path} asks for {config['num_cayley_neumann_terms']} terms of a series.", "PEFT uses 5.", "Get the folder again.")
+    return config
 
 
 def _of_parts(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]) -> Adapter:

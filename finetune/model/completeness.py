@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import Problem
+from finetune.formats import ldm
 from finetune.model.families import WEIGHTS, Location, read_config
 
 TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.json",))  # either of these sets of files is a tokenizer
@@ -25,7 +26,10 @@ def check_files(location: Location) -> None:
     missing = [f"{part}/config.json" for part in networks if not (place / part / "config.json").is_file()]
     for part in networks:
         file = f"{part}/{WEIGHTS[part]}.safetensors"
-        if not (place / file).is_file() and not (place / f"{file}.index.json").is_file():
+        index = place / f"{file}.index.json"
+        if index.is_file():
+            missing += [f"{part}/{shard.name}" for shard in ldm.shards(index) if not shard.is_file()]
+        elif not (place / file).is_file():
             missing.append(file)
     for part in ("tokenizer", *(("tokenizer_2",) if second else ())):
         if not any(all((place / part / file).is_file() for file in files) for files in TOKENIZERS):
