@@ -22,6 +22,9 @@ PROMPTS, SIDE, LEFT, TOP = (0, 1, 3, 4, 7, 8), 112, 150, 40
 COLUMNS = ("dino", "oracle", "clip_t", "kept", "leak")
 COSTS = ("training_seconds", "trainable_parameters", "artifact_bytes")
 
+# Sentences of the report's verdict that a README has room for.
+SAID = ("Closest to the subject", "Follows the prompt best", "Leaves the base alone", "Smallest", "Fastest to train")
+
 
 def grid(folder: Path, report: dict) -> Image.Image:
     """Prompts by methods, the first seed of each prompt, with names."""
@@ -59,8 +62,8 @@ def measured(folder: Path, report: dict) -> str:
     titles = {column["key"]: column["title"] for column in report["columns"]}
     wanted = [0, *(place for place, title in enumerate(cells[0]) if any(title.startswith(titles[key]) for key in (*COLUMNS, *COSTS) if key in titles))]
     table = "\n".join("| " + " | ".join(row[place] for place in wanted) + " |" for row in cells)
-    said = [f"- **{one['title']}.** {one['text']}" for one in report["verdict"] if one["kind"] in ("advice", "warning", "finding")]
-    return f"{table}\n\nWhat the report says of it, in its own words:\n\n" + "\n".join(said)
+    said = [f"- **{one['title']}.** {one['text']}" for one in report["verdict"] if one["title"] in SAID]
+    return f"{table}\n\nFrom what the report says of it, in its own words:\n\n" + "\n".join(said)
 
 
 def main() -> None:
