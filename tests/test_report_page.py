@@ -274,7 +274,7 @@ def test_the_ladder_prefers_large_pictures_that_fit(written):
 def test_text_from_files_is_escaped(fresh):
     edit(fresh / "comparison.json", lambda info: info.update(class_noun="<script>alert(1)</script>", model="/home/me/a&b"))
     page = page_of(fresh)
-    assert "Base model <b>a&amp;b</b>" in page and "finetune generate --model /home/me/a&amp;b --artifact" in page
+    assert "Base model <b>a&amp;b</b>" in page and "finetune generate --model &#39;/home/me/a&amp;b&#39; --artifact" in page
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and "a&amp;b" in page
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -55,10 +57,12 @@ def html(comparison: Comparison) -> str:
     environment.filters["ticks"] = _ticks
     environment.filters["safe_svg"] = Markup
     statements = verdict(comparison)
+    style = environment.get_template("style.j2").render(light=Markup(variables()), dark=Markup(variables(dark=True)))
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return environment.get_template("report.html.j2").render(
         title=_title(comparison), model=_value("model", comparison.info.get("model")), comparison=comparison, info=comparison.info,
         headline=headline(comparison), instances=_instances(comparison), looks=looks(comparison), judge=judge_name(comparison),
-        light=Markup(variables()), dark=Markup(variables(dark=True)), statements=statements,
+        style=Markup(style), script=Markup(script), policy=policy(style, script), statements=statements,
         has=lambda kind: any(one.kind == kind for one in statements), tables=_tables(comparison),
         ties={column.key: tie_note(comparison, column) for column in comparison.columns},
         grid=study.study_grid(comparison) if comparison.cells else grid(comparison), copies=closest(comparison),
@@ -66,6 +70,20 @@ def html(comparison: Comparison) -> str:
         quality=curves.quality(comparison), study=_study(comparison), loadings=loadings(comparison), settings=_settings(comparison),
         recorded=[row for row in comparison.runs if row.settings], footer=_footer(comparison), version=__version__, words=words,
         error_note=error_note)
+
+
+def policy(style: str, script: str) -> str:
+    """The page's content security policy (W3C CSP 3): its own script and style by their hashes, pictures inside the page, nothing else.
+
+    So a text that got into the page as markup could neither run nor ask anything of anywhere. Attributes may style, which the
+    plots' marks need; what they could load is forbidden with the rest.
+    """
+    own = f"style-src-elem {_hash(style)}; style-src {_hash(style)}; style-src-attr 'unsafe-inline'; script-src {_hash(script)}"
+    return f"default-src 'none'; img-src data:; {own}; base-uri 'none'; form-action 'none'"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _title(comparison: Comparison) -> str:
@@ -160,8 +178,8 @@ def _value(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str) and ("dir" in key or key in ("output", "model")) and "/" in value:
-        return Path(value).name if Path(value).is_absolute() else value
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return runs.hide(Path(value).name if Path(value).is_absolute() else value)
+    return runs.hide(", ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def _footer(comparison: Comparison) -> dict[str, Any]:
@@ -177,7 +195,7 @@ def _footer(comparison: Comparison) -> dict[str, Any]:
         versions.update({name: str(value) for name, value in (one.get("versions") or {}).items()})
     dates = sorted(str(one["finished"]) for one in manifests if one.get("finished"))
     first = manifests[0] if manifests else {}
-    return {"commands": commands, "versions": versions, "devices": list(dict.fromkeys(str(one["device"]) for one in manifests if one.get("device"))),
+    return {"commands": [runs.hide(one) for one in commands], "versions": versions, "devices": list(dict.fromkeys(str(one["device"]) for one in manifests if one.get("device"))),
             "date": dates[-1][:10] if dates else "", "hash": comparison.info.get("model_hash") or "", "prompts": _prompts(comparison),
             "pictures": first.get("pictures", []), "skipped": first.get("skipped", [])}
 

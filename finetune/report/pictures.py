@@ -43,16 +43,15 @@ def data_uri(path: Path, side: int = 384, quality: int = 88) -> str:
 
 
 def locate(comparison: Comparison, row: Row, file: str) -> Path | None:
-    """A scored picture on disk, wherever its name is relative to: the comparison, the row or the row's images."""
-    bases = (comparison.folder, row.folder, row.folder / "images")
-    return next((base / file for base in bases if (base / file).is_file()), None)
+    """A scored picture on disk, wherever its name is relative to: the comparison, the row or the row's images; none from elsewhere."""
+    bases, whole = (comparison.folder, row.folder, row.folder / "images"), comparison.folder.resolve()
+    return next((base / file for base in bases if (base / file).is_file() and (base / file).resolve().is_relative_to(whole)), None)
 
 
 def instance_path(comparison: Comparison, file: str) -> Path | None:
-    """A training picture by its path or bare name."""
+    """A training picture by its path or bare name: one of those that comparison.json lists."""
     known = [Path(one) for one in comparison.info.get("instance_files", [])]
-    found = next((path for path in known if str(path) == str(file) or path.name == Path(file).name), Path(file))
-    return found if found.is_file() else None
+    return next((path for path in known if (str(path) == str(file) or path.name == Path(file).name) and path.is_file()), None)
 
 
 def choose(paths: dict[int, list[Path]]) -> Shrink:

@@ -171,7 +171,7 @@ def svg(axes: Axes, name: str, title: str, description: str) -> str:
     axes.figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = out.getvalue()
     text = text[text.index("<svg"):]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)  # its one rule is in report.css
     text = re.sub(r' id="row:([^"]+)"', r' data-row="\1"', text)
     referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda match: match.group(0) if match.group(1) in referred else "", text)

@@ -9,6 +9,7 @@ A comparison of several subjects or training seeds (a study) names its cells, or
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -245,6 +246,19 @@ def read(folder: Path | str) -> Comparison:
                       scores.get("wins") or [])
 
 
+def inside(folder: Path, name: Any) -> Path:
+    """What a file of the comparison calls by `name`, which must lie in its folder: somebody else may have written that file.
+
+    Raises:
+        Problem: the name leads out of it.
+    """
+    place = Path(os.path.normpath(folder / str(name)))
+    if not place.is_relative_to(os.path.normpath(folder)):
+        raise Problem(f"{str(folder)!r} names {str(name)!r}, which lies outside it.", "A report shows what is in its folder alone.",
+                      "Do not trust this folder; or mend the name in its comparison.json.")
+    return place
+
+
 def dig(tree: Any, path: str) -> Any:
     """`dig({"a": {"b": 1}}, "a.b")` is 1; None where the path ends early."""
     for part in path.split("."):
@@ -264,7 +278,7 @@ def _rows(folder: Path, info: dict, scores: dict) -> list[Row]:
             continue
         kind = name if name in ("base", "real") else "truth" if name == "oracle" and not plan else "method"
         title = plan.get("title") or entry.get("title") or name
-        row = Row(name, title, kind, plan.get("method", name), plan.get("subject", ""), folder / plan.get("run", name))
+        row = Row(name, title, kind, plan.get("method", name), plan.get("subject", ""), inside(folder, plan.get("run", name)))
         row.scores, row.images = _scores(entry.get("scores")), entry.get("images") or []
         row.flags, row.costs, row.cells = entry.get("flags"), _scores(entry.get("costs")), entry.get("cells") or {}
         row.way = entry.get("normalised") or {}
@@ -290,7 +304,7 @@ def _add_run(row: Row, error: str) -> None:
     elif not row.manifest:
         row.failed = "" if row.scores else "not run: its folder has no manifest"
     elif status.startswith("failed"):
-        row.failed = reason or status.removeprefix("failed").lstrip(" :") or "failed without a reason"
+        row.failed = runs.hide(reason) or status.removeprefix("failed").lstrip(" :") or "failed without a reason"
     elif status not in ("finished", ""):
         row.failed = f"not finished: its manifest says {status!r}" + (f", {reason}" if reason else "")
 

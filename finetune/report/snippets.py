@@ -5,6 +5,9 @@ What each program reads was established by running or reading its loader; docs/f
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from dataclasses import dataclass, field
 
 from finetune.report import words
@@ -30,8 +33,8 @@ def _loading(comparison: Comparison, row: Row) -> Loading:
     subject = row.subject or dig(row.manifest, "artifact.trigger") or comparison.info.get("class_noun") or "subject"
     prompt = f"a photo of {words.article(subject)} in the snow"
     base = comparison.info.get("model", "toybox")
-    model = "" if base == "toybox" else f"--model {base} "
-    snippets = [("finetune", f'finetune generate {model}--artifact {place} --prompt "{prompt}" --seed 1')]
+    model = "" if base == "toybox" else f"--model {shlex.quote(base)} "
+    snippets = [("finetune", f"finetune generate {model}--artifact {shlex.quote(place)} --prompt {_in_shell(prompt)} --seed 1")]
     python, programs = _BY_METHOD.get(row.method, _other)(comparison, row, place, prompt)
     if python:
         snippets.append(("Python", python))
@@ -41,7 +44,7 @@ def _loading(comparison: Comparison, row: Row) -> Loading:
 def _dreambooth(comparison: Comparison, row: Row, place: str, prompt: str) -> tuple[str, list[tuple[str, str]]]:
     single = _file(row, ".safetensors", without=("/",))
     kind = _pipeline(comparison)
-    code = f'from diffusers import {kind}\npipe = {kind}.from_pretrained("{place}")\n' + _render(prompt)
+    code = f'from diffusers import {kind}\npipe = {kind}.from_pretrained({_text(place)})\n' + _render(prompt)
     programs = [("diffusers", "the folder is a complete pipeline")]
     if single:
         return code, [*programs, ("ComfyUI", f"`{single}` in models/checkpoints"),
@@ -54,9 +57,9 @@ def _embedding(comparison: Comparison, row: Row, place: str, prompt: str) -> tup
     trigger = dig(row.manifest, "artifact.trigger") or row.subject
     file = _file(row, ".safetensors", prefer="learned_embeds") or "learned_embeds.safetensors"
     second = _file(row, ".safetensors", prefer="learned_embeds_2")
-    load = f'pipe.load_textual_inversion("{place}/{file}", token="{trigger}")\n'
+    load = f'pipe.load_textual_inversion({_text(f"{place}/{file}")}, token={_text(trigger)})\n'
     if second:  # SDXL: a row for each of its text encoders
-        load = "".join(f'pipe.load_textual_inversion("{place}/{one}", token="{trigger}", text_encoder=pipe.text_encoder{end}, tokenizer=pipe.tokenizer{end})\n'
+        load = "".join(f'pipe.load_textual_inversion({_text(f"{place}/{one}")}, token={_text(trigger)}, text_encoder=pipe.text_encoder{end}, tokenizer=pipe.tokenizer{end})\n'
                        for one, end in (("learned_embeds.safetensors", ""), (second, "_2")))
     code = _base(comparison) + load + _render(prompt)
     stem = (_file(row, ".safetensors", without=("learned_embeds",)) or _file(row, ".pt") or str(trigger)).rsplit(".", 1)[0]
@@ -69,7 +72,7 @@ def _lora(comparison: Comparison, row: Row, place: str, prompt: str) -> tuple[st
     if not peft:
         return "", [("PEFT", "the folder of each network, as PEFT's own adapter")]
     kohya = _file(row, ".safetensors", without=("pytorch_lora_weights",))
-    code = _base(comparison) + f'pipe.load_lora_weights("{place}", weight_name="{peft}")\n' + _render(prompt)
+    code = _base(comparison) + f'pipe.load_lora_weights({_text(place)}, weight_name={_text(peft)})\n' + _render(prompt)
     programs = [("diffusers, PEFT", f"`{peft}`")]
     if kohya:
         stem = kohya.rsplit(".", 1)[0]
@@ -83,9 +86,9 @@ def _hypernetwork(comparison: Comparison, row: Row, place: str, prompt: str) -> 
     stem = file.rsplit(".", 1)[0]
     name = comparison.info.get("model", "toybox")
     code = ("from finetune import methods, model\n"
-            f'base = model.load("{name}")\n'
-            f'methods.load_artifact(base, "{place}")\n'
-            f'image = model.render(base, ["{prompt}"], seeds=[1])[0]')
+            f'base = model.load({_text(name)})\n'
+            f'methods.load_artifact(base, {_text(place)})\n'
+            f'image = model.render(base, [{_text(prompt)}], seeds=[1])[0]')
     if not file:  # the web UIs' file is written exactly where they can express the wiring
         return code, [("finetune", "alone: other programs feed key and value only, and have no place for a query network")]
     return code, [("AUTOMATIC1111", f"`{file}` in models/hypernetworks; write <hypernet:{stem}:1>"),
@@ -108,7 +111,7 @@ def _base(comparison: Comparison) -> str:
     if name == "toybox":
         return start + f"from finetune.model.families import TOYBOX\npipe = {kind}.from_pretrained(TOYBOX)\n"
     loader = "from_single_file" if str(name).endswith((".safetensors", ".ckpt")) else "from_pretrained"
-    return start + f'pipe = {kind}.{loader}("{name}")\n'
+    return start + f'pipe = {kind}.{loader}({_text(name)})\n'
 
 
 def _pipeline(comparison: Comparison) -> str:
@@ -117,7 +120,17 @@ def _pipeline(comparison: Comparison) -> str:
 
 
 def _render(prompt: str) -> str:
-    return f'image = pipe("{prompt}").images[0]'
+    return f"image = pipe({_text(prompt)}).images[0]"
+
+
+def _text(value: object) -> str:
+    """A value as Python writes it, in double quotes: these lines are copied and run, and the value may be a stranger's."""
+    return json.dumps(str(value))
+
+
+def _in_shell(text: str) -> str:
+    """A text as one word of a shell, in double quotes where nothing in it means anything there."""
+    return f'"{text}"' if re.fullmatch(r"[\w .,:;<>()\[\]/+-]*", text) else shlex.quote(text)
 
 
 def _file(row: Row, suffix: str, prefer: str = "", without: tuple[str, ...] = ()) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,27 +89,37 @@ def csv_text(comparison: Comparison) -> str:
             else:
                 found = row.scores.get(column.key)
                 line += [found.mean, found.low, found.high, found.n] if found else [None] * 4
-        writer.writerow([*("" if value is None else value for value in line), row.failed])
+        writer.writerow([*("" if value is None else _inert(value) for value in line), _inert(row.failed)])
     return out.getvalue()
 
 
 def markdown_text(comparison: Comparison) -> str:
     """A Markdown table with intervals, best values in bold by the same rule as the page, and the verdict below it."""
-    lines = ["| | " + " | ".join(f"{column.title} {_arrow(column)}" for column in comparison.columns) + " |",
+    lines = ["| | " + " | ".join(f"{_plain(column.title)} {_arrow(column)}" for column in comparison.columns) + " |",
              "|---|" + "---:|" * len(comparison.columns)]
     for row in comparison.rows:
         if row.failed:
-            lines.append(f"| {row.title} | failed: {row.failed} |" + " |" * (len(comparison.columns) - 1))
+            lines.append(f"| {_plain(row.title)} | failed: {_plain(row.failed)} |" + " |" * (len(comparison.columns) - 1))
             continue
         shown = []
         for cell in cells(comparison, row):
             text = f"**{cell.text}**" if cell.best else cell.text
             shown.append(f"{text} {cell.bounds}".rstrip())
-        lines.append(f"| {row.title} | " + " | ".join(shown) + " |")
+        lines.append(f"| {_plain(row.title)} | " + " | ".join(shown) + " |")
     judge = judge_name(comparison)
-    lines += ["", f"Judge: {judge}. In brackets: 95 % interval. Bold: decided against the next best method.", ""]
-    lines += [f"- **{one.title}:** {one.text}" for one in verdict(comparison)]
+    lines += ["", f"Judge: {_plain(judge)}. In brackets: 95 % interval. Bold: decided against the next best method.", ""]
+    lines += [f"- **{_plain(one.title)}:** {_plain(one.text)}" for one in verdict(comparison)]
     return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text as it stands: in Markdown these begin HTML, links, code and columns."""
+    return re.sub(r"[<|`\\]|!?\[(?=[^\]]*\]\()", lambda sign: f"&#{ord(sign[0][-1])};", " ".join(str(text).split()))
+
+
+def _inert(value: Any) -> Any:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _arrow(column: Column) -> str:

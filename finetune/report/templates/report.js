@@ -6,11 +6,12 @@ const seen = (element) => element.getClientRects().length > 0;
 // Which methods are shown: one rule per hidden method, for whatever carries its name, be it a column, a row or a line of a plot.
 const filter = document.querySelector(".filter");
 if (filter) {
-  const rules = document.head.appendChild(document.createElement("style"));
+  const rules = new CSSStyleSheet(); // not an element: the page's policy allows no style but its own
+  document.adoptedStyleSheets = [...document.adoptedStyleSheets, rules];
   filter.hidden = false;
   filter.addEventListener("change", () => {
     const off = all("input:not(:checked)", filter).map((box) => CSS.escape(box.value));
-    rules.textContent = off.map((row) => `[data-row="${row}"], [data-second="${row}"] { display: none !important; }`).join("\n");
+    rules.replaceSync(off.map((row) => `[data-row="${row}"], [data-second="${row}"] { display: none !important; }`).join("\n"));
   });
 }
 
