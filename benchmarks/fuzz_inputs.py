@@ -51,20 +51,25 @@ def lying(files: list[bytes]) -> Any:
         header = json.loads(whole[8:8 + length])
         for place, key, value in edits:
             name = sorted(header)[place % len(header)]
-            if isinstance(header[name], dict) and key:
+            told = header.get("__metadata__", {})
+            inner = sorted(entry for entry in told if isinstance(told[entry], str) and told[entry].startswith("{")) if isinstance(told, dict) else []
+            if key == "inner" and inner:
+                known = json.loads(told[inner[0]])
+                told[inner[0]] = json.dumps(known | {sorted(known)[place % len(known)]: copy.deepcopy(value)} if known else value)
+            elif isinstance(header[name], dict) and key:
                 header[name][key] = copy.deepcopy(value)
             else:
                 header[name] = copy.deepcopy(value)
         text = json.dumps(header).encode()
         return struct.pack("<Q", len(text)) + text + whole[8 + length:] + extra
 
-    edit = st.tuples(st.integers(0, 99), st.sampled_from(["dtype", "shape", "data_offsets", "format", ""]), odd)
+    edit = st.tuples(st.integers(0, 99), st.sampled_from(["dtype", "shape", "data_offsets", "format", "inner", ""]), odd)
     return st.builds(told, st.sampled_from(files), st.lists(edit, max_size=3), st.sampled_from([b"", b"\0"]))
 
 
 def texts(words: list[str], most: int = 16) -> Any:
     """Strategy: texts of a grammar's own pieces, and of any signs."""
-    piece = st.sampled_from(words) | st.text(max_size=4) | st.builds(lambda word, count: word * count, st.sampled_from(words), st.sampled_from([2, 50, 1000]))
+    piece = st.sampled_from(words) | st.text(max_size=4) | st.builds(lambda word, count: word * count, st.sampled_from(words), st.sampled_from([2, 50, 1000, 5000]))
     return st.lists(piece, max_size=most).map("".join)
 
 

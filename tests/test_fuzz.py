@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import pickle
+import re
 import struct
 import time
 import zipfile
@@ -143,3 +144,24 @@ def test_json_lines_that_broke_the_parser(line: str, tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text(line + '\n{"file_name": "a.png", "text": "half \\ud800 sign"}\n')
     found, notes = read_captions([tmp_path / "metadata.jsonl"])
     assert found == {"a.png": "half ? sign"} and "line 1 is not a JSON object" in notes[0]
+
+
+@pytest.mark.parametrize("config", ['{"use_dropout": fals }', "[]", "5", '{"sizes": 3}', '{"sizes": [8], "layer_structure": "x"}', "[" * 100_000])
+def test_settings_of_a_hypernetwork_that_do_not_read(config: str, tmp_path: Path) -> None:
+    from finetune.formats import hypernetwork
+    from finetune.formats.inspect import inspect
+
+    told = {"finetune.format": "hypernetwork", "finetune.format_version": "1", "hypernetwork_config": config}
+    path = safetensors(tmp_path / "a.safetensors", {"__metadata__": told, "hypernet.8.k.linear.0.bias": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+    with pytest.raises(Problem):
+        hypernetwork.read(path)
+    assert inspect(path).warnings
+
+
+@pytest.mark.parametrize(("told", "said"), [("{", "do not read as a JSON object"), ("[]", "it holds a list"), ('{"unet.lora_alpha": "x"}', "they say no number"),
+                                            ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 2}}', "a pattern that may never end")])
+def test_metadata_of_a_lora_that_do_not_read(told: str, said: str) -> None:
+    from finetune.formats.lora_keys import adapter_alphas
+
+    with pytest.raises(Problem, match=re.escape(said)):
+        adapter_alphas({"lora_adapter_metadata": told})("unet." + "a" * 60, 4)

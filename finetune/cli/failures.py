@@ -97,7 +97,8 @@ def block(lines: list[tuple[str, str]]) -> None:
     console = Console(stderr=True, highlight=False)
     indent = max(len(label) for label, text in lines if text) + 2
     for number, (label, text) in enumerate(line for line in lines if line[1]):
-        wrapped = textwrap.wrap(" ".join(text.split()), min(console.width, 80) - indent, break_long_words=False,
+        shown = "".join(sign if sign.isprintable() else "\ufffd" for sign in " ".join(text.split()))  # names come from strangers' files
+        wrapped = textwrap.wrap(shown, min(console.width, 80) - indent, break_long_words=False,
                                 break_on_hyphens=False)
         style = "bold red" if number == 0 else "bold"
         console.print(Text(f"{label + ':':>{indent - 1}} ", style).append("\n".join(

@@ -6,7 +6,6 @@ The checks read the file alone and know nothing of what wrote it. torch is impor
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import zipfile
@@ -18,7 +17,7 @@ from typing import Any
 from finetune.errors import Problem
 from finetune.formats.embedding_keys import ANONYMOUS_KEYS
 from finetune.formats.folder import CLIP_TOKENS, TEXT_LEVEL
-from finetune.formats.header import Header, read_header, read_scalar
+from finetune.formats.header import Header, read_header, read_scalar, told_json
 from finetune.formats.hypernetwork_layers import ACTIVATIONS, expected_shapes
 from finetune.formats.inspect_pickle import webui_refusals
 from finetune.formats.lora_names import from_kohya
@@ -152,7 +151,7 @@ def _peft(header: Header) -> Iterator[str]:
     yield from (f"{module} lacks a half." for module, found in halves.items() if found != {"A", "B"})
     if "lora_adapter_metadata" in header.metadata:
         fields: dict[str, set[str]] = {}
-        for name in json.loads(header.metadata["lora_adapter_metadata"]):
+        for name in told_json("the LoRA", header.metadata, "lora_adapter_metadata"):
             component, _, field = name.partition(".")
             fields.setdefault(component, set()).add(field)
         for component, names in fields.items():

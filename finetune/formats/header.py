@@ -157,6 +157,25 @@ def _check_ranges(path: Path, tensors: Mapping[str, TensorInfo], data_bytes: int
         raise _broken(path, f"its tensors end at byte {position:,} of a data area of {data_bytes:,}")
 
 
+def told_json(file: str, metadata: Mapping[str, str], key: str, kind: type = dict) -> Any:
+    """A table (or list) that a file's metadata hold as JSON; an empty one where they have none.
+
+    Args:
+        file: its name, for the message.
+
+    Raises:
+        Problem: it is damaged, or something else.
+    """
+    try:
+        found = json.loads(metadata.get(key, "null")) if metadata.get(key) else kind()
+        if not isinstance(found, kind):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise Problem(f"The metadata {key} of {file} are damaged.", f"They do not read as a JSON {'object' if kind is dict else 'list'}: {error}.",
+                      "Get the file again, or export it again.") from error
+    return found
+
+
 def parameter_count(header: Header) -> int:
     """Elements of all tensors."""
     return sum(info.parameters for info in header.tensors.values())

@@ -22,6 +22,7 @@ import torch
 
 from finetune.errors import Problem
 from finetune.formats.families import family_of_width, modelspec
+from finetune.formats.header import told_json
 from finetune.formats.hypernetwork_file import ROLES, HypernetworkFile, StateDict, check, context_width, without_dropout
 from finetune.formats.hypernetwork_layers import ACTIVATIONS
 from finetune.formats.pickles import load_restricted, save_legacy
@@ -130,7 +131,10 @@ def read(path: Path | str) -> HypernetworkFile:
         Problem: when it is something else, newer than this reader, or contradicts itself.
     """
     path = Path(path)
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_webui(path)
+    try:
+        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_webui(path)
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        raise Problem(f"{path} is not a hypernetwork that can be read.", f"Its settings are damaged ({error}).", "Get the file again, or export it again.") from error
 
 
 def _read_safetensors(path: Path) -> HypernetworkFile:
@@ -142,13 +146,13 @@ def _read_safetensors(path: Path) -> HypernetworkFile:
             "Use the .pt file instead.",
         )
     version = metadata.get("finetune.format_version", "")
-    if not version.isdigit() or int(version) > NEWEST_VERSION:
+    if not re.fullmatch(r"[0-9]{1,9}", version) or int(version) > NEWEST_VERSION:
         raise Problem(
             f"{path} has hypernetwork format version {version!r}; this finetune reads up to {NEWEST_VERSION}.",
             "A newer version may compute something this one cannot.",
             "Update finetune.",
         )
-    config = json.loads(metadata.get("hypernetwork_config", "{}"))
+    config = told_json(path.name, metadata, "hypernetwork_config")
     networks: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = _TENSOR_NAME.fullmatch(key)

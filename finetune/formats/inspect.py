@@ -5,7 +5,6 @@ safetensors files cost one read of their header; torch is imported only for pick
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,7 +14,7 @@ from finetune.errors import Problem
 from finetune.formats import acceptance, inspect_folder, inspect_lora, readers
 from finetune.formats.embedding_keys import ANONYMOUS_KEYS
 from finetune.formats.families import family_of_width
-from finetune.formats.header import Header, parameter_count, read_header
+from finetune.formats.header import Header, parameter_count, read_header, told_json
 from finetune.formats.hypernetwork_layers import expected_shapes
 from finetune.formats.inspect_checkpoint import describe_checkpoint, is_checkpoint
 from finetune.formats.inspect_pickle import describe_embedding, describe_pickle
@@ -114,7 +113,12 @@ def _safetensors(report: Report, header: Header) -> None:
     report.trigger = trigger_of(header.metadata)
     report.trained_on = trained_on(header.metadata)
     if header.metadata.get("finetune.format") == "hypernetwork":
-        _hypernetwork(report, header)
+        try:
+            _hypernetwork(report, header)
+        except Problem as problem:
+            report.warnings.append(f"{problem.what} {problem.fix}")
+        except (TypeError, ValueError, AttributeError) as error:
+            report.warnings.append(f"Its settings are damaged ({error}).")
     elif header.metadata.get("finetune") in DELTAS:
         _delta(report, header)
     elif is_checkpoint(header.tensors):
@@ -168,7 +172,7 @@ def _delta(report: Report, header: Header) -> None:
 def _hypernetwork(report: Report, header: Header) -> None:
     report.kind = "hypernetwork"
     report.layout = f"finetune safetensors, version {header.metadata.get('finetune.format_version', '?')}"
-    config = json.loads(header.metadata.get("hypernetwork_config", "{}"))
+    config = told_json(report.path.name, header.metadata, "hypernetwork_config")
     report.settings = {
         "widths": ", ".join(map(str, config.get("sizes", []))),
         "structure": ", ".join(map(str, config.get("layer_structure") or [])),

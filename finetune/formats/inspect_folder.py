@@ -105,12 +105,23 @@ def describe_artifact(report: Report) -> None:
         report.trained_on = trained_on(content["metadata"])
         report.settings = {name: text for name, text in report.settings.items() if name not in ("method", "class noun", "step")}
     found = {child.path: child.sha256 for child in report.children}
-    for entry in content.get("files", []):
-        path = report.path / str(entry.get("file"))
-        if not path.is_file():
+    listed = content.get("files", [])
+    for entry in (entry for entry in (listed if isinstance(listed, list) else []) if isinstance(entry, dict)):
+        path = _inside(report.path, str(entry.get("file")))
+        if path is None:
+            report.warnings.append(f"artifact.json names {entry.get('file')!r}, which leads out of its folder.")
+        elif not path.is_file():
             report.warnings.append(f"artifact.json names {entry.get('file')}, which is not there.")
         elif found.get(path) not in (None, entry.get("sha256")):
             report.warnings.append(f"{entry.get('file')} was changed after finetune wrote it.")
+
+
+def _inside(folder: Path, name: str) -> Path | None:
+    """The file of that name in a folder or below; None for one that is elsewhere."""
+    try:
+        return folder / name if (folder / name).resolve().is_relative_to(folder.resolve()) else None
+    except (ValueError, OSError, RuntimeError):  # a NUL sign, a link to itself
+        return None
 
 
 def describe_run(report: Report) -> None:

@@ -53,7 +53,7 @@ def _generated(report: Report, told: dict[str, str]) -> None:
     report.settings |= fields
     try:
         facts = json.loads(told.get(OURS, "null"))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         facts = None
     if isinstance(facts, dict) and "sheet" in facts:
         report.layout = "contact sheet of many pictures (finetune)"

@@ -123,7 +123,12 @@ def trigger_of(metadata: Mapping[str, str]) -> str | None:
 
 
 def facts(report: Report) -> Iterator[tuple[str, str]]:
-    """The filled fields as (label, text)."""
+    """The filled fields as (label, text), in signs that only show: a stranger's file could tell a terminal what to do."""
+    for label, text in _fields(report):
+        yield label, "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
+
+
+def _fields(report: Report) -> Iterator[tuple[str, str]]:
     if report.family is not None:
         yield "base model", report.family.title
     if report.trigger:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from finetune.errors import Problem
+from finetune.formats.header import told_json
 
 Value = TypeVar("Value")
 
@@ -149,19 +149,36 @@ def _unknown(file: str, key: str) -> Problem:
     )
 
 
+def check_pattern(pattern: str, where: str) -> None:
+    """PEFT's patterns are regular expressions, and a stranger's can run for years.
+
+    Raises:
+        Problem: it is long, or repeats what repeats.
+    """
+    if len(pattern) > 500 or re.search(r"[)\]}*+?]\s*[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+        raise Problem(f"{where} has a pattern that may never end: {pattern[:60]!r}.", "It repeats what repeats.", "Write plain module names into it.")
+
+
 def adapter_alphas(metadata: Mapping[str, str]) -> Callable[[str, int], float]:
     """How a file without alpha tensors declares them: PEFT's `lora_adapter_metadata`, else alpha = rank.
 
     Returns: function of (module key, rank) giving alpha.
     """
-    declared = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    declared = told_json("the LoRA", metadata, "lora_adapter_metadata")
 
     def alpha_of(key: str, rank: int) -> float:
+        try:
+            return declared_alpha(key, rank)
+        except (TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
+            raise Problem("The metadata lora_adapter_metadata of the LoRA are damaged.", f"For {key} they say no number ({error}).", "Get the file again.") from error
+
+    def declared_alpha(key: str, rank: int) -> float:
         component, _, path = key.partition(".")
         alpha = declared.get(f"{component}.lora_alpha")
         if alpha is None:
             return float(rank)
         for pattern, value in declared.get(f"{component}.alpha_pattern", {}).items():
+            check_pattern(pattern, "The LoRA's metadata")
             if re.fullmatch(rf"(.*\.)?({pattern})", path):
                 alpha = value
         stabilised = declared.get(f"{component}.use_rslora", False)  # scale alpha / sqrt(rank), Kalajdzievski 2023

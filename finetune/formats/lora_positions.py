@@ -8,7 +8,6 @@ to make attn1, ff, attn2, and now makes attn1, attn2, ff. Shapes tell which of t
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from finetune.errors import Problem
+from finetune.formats.header import told_json
 
 RENAMED = {"CrossAttention": "Attention"}  # classes that diffusers calls otherwise today
 _BLOCK = re.compile(r"(.*transformer_blocks\.\d+)\.")
@@ -86,8 +86,8 @@ def resolve(
 
 
 def _targets(listed: str | None, component: str) -> set[str]:
-    names = json.loads(listed) if listed else DEFAULTS[component]
-    return {RENAMED.get(name, name) for name in names}
+    names = told_json("the LoRA", {component: listed}, component, list) if listed else DEFAULTS[component]
+    return {RENAMED.get(name, name) for name in map(str, names)}
 
 
 def _fitting(layers: list[Place], wanted: list[tuple[int, int]]) -> list[Place] | None:
