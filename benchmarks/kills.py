@@ -116,7 +116,7 @@ class Whole:
 
         return methods.get(self.name).Settings(**{
             **self.given, "resolution": self.given["resolution"], "batch_size": 1, "steps": self.steps, "output": place / "run", "checkpoint_every": 1,
-            "keep_checkpoints": 2, "export_every": 2, "log_every": 1, "validate_every": 3, "latent_cache": "disk", "resume": resume, **OWN[self.name]})
+            "keep_checkpoints": 2, "export_every": 2, "log_every": 1, "validate_every": 0, "latent_cache": "disk", "resume": resume, **OWN[self.name]})
 
 
 def one_run(whole: Whole, place: Path, chance: random.Random, lives: int) -> tuple[Counter[str], int]:
@@ -277,7 +277,7 @@ def left_by(folder: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {str(one.relative_to(folder)): [(entry["file"], entry["sha256"]) for entry in runs.read_json(one)["files"]]
                              for one in sorted([folder / "artifact" / "artifact.json", *folder.glob("steps/[!.]*/artifact/artifact.json")])}
-    found["losses"] = [(line["step"], line.get("loss"), line.get("validation_loss")) for line in runs.read_metrics(folder)]
+    found["losses"] = [(line["step"], line["loss"], line["grad_norm"]) for line in runs.read_metrics(folder)]
     found["status"] = runs.read_json(folder / "manifest.json")["status"]
     return found
 

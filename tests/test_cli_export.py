@@ -165,7 +165,7 @@ def test_a_refusal_of_the_hub_is_told_without_the_token(some_runs, monkeypatch, 
     monkeypatch.setattr(FakeApi, "create_repo", refuse)
     assert app.run(["export", str(some_runs["lora"]), "--push-to-hub", "someone/dog"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "401 for (token)" in said and "hf_Secret" not in said
+    assert "401 for (hidden)" in said and "hf_Secret" not in said
 
 
 @pytest.mark.parametrize("method", ["lora", "textual-inversion", "hypernetwork", "dreambooth"])

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from finetune import __version__, runs
-from finetune.cli import quiet
+from finetune.cli import processes, quiet
 from finetune.cli import report as report_verb
 from finetune.cli.compare_settings import EvaluationSettings
 from finetune.cli.generate import OTHERS, SAMPLING
@@ -29,6 +29,12 @@ class Settings(EvaluationSettings):
 def run(settings: Settings, console: Console) -> None:
     """Change what was asked for in comparison.json, then render what is missing, score and report; of a study, every cell."""
     report_verb.check_comparison(settings.folder)
+    with processes.locked(settings.folder):
+        whole(settings, console)
+
+
+def whole(settings: Settings, console: Console) -> None:
+    """The same in a folder that is ours."""
     comparison = change(settings, settings.folder)
     cells = comparison.get("cells")
     if not cells:

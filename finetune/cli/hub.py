@@ -108,7 +108,9 @@ def _copy_pixels(source: Path, target: Path) -> None:
     from PIL import Image
 
     with Image.open(source) as picture:
-        Image.frombytes("RGB", picture.size, picture.convert("RGB").tobytes()).save(target)
+        plain = Image.frombytes("RGB", picture.size, picture.convert("RGB").tobytes())
+    with runs.atomic_path(target) as temporary:
+        plain.save(temporary)
 
 
 def check_name(repository: str) -> None:
@@ -142,7 +144,7 @@ def push(path: Path, repository: str, console: Console) -> str:
             api.upload_folder(repo_id=repository, repo_type="model", folder_path=str(staged), commit_message=f"{artifact.told['method']} by finetune")
         except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise Problem(f"The upload to {repository} failed: {re.sub(r'hf_[A-Za-z0-9]+', '(token)', first)}", "The artifact itself is whole on disk.",
+            raise Problem(f"The upload to {repository} failed: {runs.hide(first)}", "The artifact itself is whole on disk.",
                           f"Log in with `hf auth login`, then: finetune export {path} --push-to-hub {repository}") from None
     address = f"https://huggingface.co/{repository}"
     console.print(f"Uploaded to {address}. A new repository is private until you make it public.", soft_wrap=True)
@@ -153,8 +155,9 @@ def card(artifact: Artifact, repository: str) -> str:
     """The model card as Markdown with the hub's YAML head."""
     from finetune.cli.hub_card import render
 
-    return render(artifact, repository, LICENCES.get(artifact.family, "other"), TAGS.get(artifact.told["method"], []),
+    text = render(artifact, repository, LICENCES.get(artifact.family, "other"), TAGS.get(artifact.told["method"], []),
                   [prompt for _, prompt in samples(artifact)], _training(artifact), _scores(artifact))
+    return runs.hide(text, assigned=False)
 
 
 def _training(artifact: Artifact) -> list[tuple[str, str]]:

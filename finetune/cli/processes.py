@@ -11,8 +11,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from finetune import runs
 from finetune.cli.failures import INTERRUPTED
-from finetune.errors import Problem
 
 HEADS = ("Problem:", "Error:")
 
@@ -49,24 +49,14 @@ def command(*words: str) -> list[str]:
 def locked(folder: Path) -> Iterator[None]:
     """While the context lasts, and as long as any process started in it lives, no other one may work in the folder.
 
-    A killed comparison leaves the row it was training behind for a while; two writers would spoil its files.
+    A killed comparison leaves the row it was training behind for a while; two writers would spoil its files. What dead processes
+    left half written is removed first.
 
     Raises:
         Problem: somebody works there.
     """
-    try:
-        import fcntl
-    except ImportError:  # not a Unix system: nothing to hold
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Problem(f"Another process works in {folder}.", "It, or a row it started, holds the lock of that folder.",
-                          "Wait until it is done, stop it, or choose another --output.") from None
-        os.set_inheritable(handle.fileno(), True)
+    with runs.locked(folder, with_children=True):
+        runs.sweep(folder)
         yield
 
 
@@ -100,6 +90,6 @@ def last_words(said: list[str], code: int) -> str:
     lines = [line for line in said if line.strip()]
     start = next((number for number in range(len(lines) - 1, -1, -1) if lines[number].lstrip().startswith(HEADS)), None)
     if start is not None:
-        return " ".join(part.strip() for part in lines[start:])
+        return runs.hide(" ".join(part.strip() for part in lines[start:]))
     ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    return f"{lines[-1].strip()} ({ended})" if lines else f"no message ({ended})"
+    return f"{runs.hide(lines[-1].strip())} ({ended})" if lines else f"no message ({ended})"

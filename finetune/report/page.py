@@ -179,7 +179,7 @@ def _value(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, str) and ("dir" in key or key in ("output", "model")) and "/" in value:
         return runs.hide(Path(value).name if Path(value).is_absolute() else value)
-    return runs.hide(", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    return runs.hide(", ".join(map(str, value)) if isinstance(value, list) else str(value), assigned=False)
 
 
 def _footer(comparison: Comparison) -> dict[str, Any]:

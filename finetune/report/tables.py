@@ -12,6 +12,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from finetune import runs
 from finetune.report import words
 from finetune.report.headline import headline
 from finetune.report.ranking import EXACT, SAME_COST, standing
@@ -141,7 +142,7 @@ def report_data(comparison: Comparison) -> dict[str, Any]:
                      "failed": row.failed, "flags": row.flags or [], "scores": {key: asdict(score) for key, score in row.scores.items()},
                      "costs": costs if row.kind == "method" else {},
                      "best": [column.key for column in comparison.columns if best(comparison, column) == row.row],
-                     "settings": row.settings, "versions": row.manifest.get("versions", {}),
+                     "settings": runs.hide_in(row.settings), "versions": row.manifest.get("versions", {}),
                      "artifact": dig(row.manifest, "artifact.files") or [],
                      "validation_loss": [[line["step"], line["validation_loss"]] for line in row.metrics if "validation_loss" in line]})
     return {"model": comparison.info.get("model"), "model_hash": comparison.info.get("model_hash"),

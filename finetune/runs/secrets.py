@@ -21,16 +21,20 @@ _VARIABLE = re.compile(rf".*{_WORD}", re.IGNORECASE)
 SHORTEST = 8  # signs of an environment variable's value that is looked for in texts
 
 
-def hide(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """The text without tokens, passwords in addresses, and values of environment variables whose names say they are secret."""
-    for name, value in (os.environ if environment is None else environment).items():
+def hide(text: str, assigned: bool = True) -> str:
+    """The text without tokens, passwords in addresses, and values of environment variables whose names say they are secret.
+
+    Args:
+        assigned: hide what stands after "token=" or "password: " too; not in prompts and settings, where these are words.
+    """
+    for name, value in os.environ.items():
         if len(value) >= SHORTEST and _VARIABLE.fullmatch(name) and value in text:
             text = text.replace(value, HIDDEN)
     text = _MARKED.sub(HIDDEN, text)
     text = _IN_ADDRESS.sub(rf"\g<scheme>{HIDDEN}@", text)
     text = _IN_QUERY.sub(rf"\g<name>{HIDDEN}", text)
     text = _BEARER.sub(rf"\g<name>{HIDDEN}", text)
-    return _ASSIGNED.sub(rf"\g<name>\g<quote>{HIDDEN}", text)
+    return _ASSIGNED.sub(rf"\g<name>\g<quote>{HIDDEN}", text) if assigned else text
 
 
 def hide_in_command(words: Sequence[str]) -> str:
@@ -43,9 +47,9 @@ def hide_in_command(words: Sequence[str]) -> str:
 
 
 def hide_in(value: Any) -> Any:
-    """The same for every text in lists and tables."""
+    """Settings without them: every text in lists and tables."""
     if isinstance(value, str):
-        return hide(value)
+        return hide(value, assigned=False)
     if isinstance(value, Mapping):
         return {key: hide_in(part) for key, part in value.items()}
     return [hide_in(part) for part in value] if isinstance(value, (list, tuple)) else value

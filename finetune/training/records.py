@@ -30,7 +30,7 @@ from finetune.training.loop import State
 
 def opening(settings: TrainSettings, method: Method, base: Base, intake: Any, accelerator: Accelerator) -> dict[str, Any]:
     """What is known before the first step."""
-    return {
+    return runs.hide_in({
         "finetune": finetune.__version__, "method": method.name, "title": method.title, "paper": method.paper, "row": Path(settings.output).name, "status": "running",
         "model": {"name": base.name, "family": base.family, "hash": base.hash, "prediction": base.prediction},
         "subject": method.subject, "class_noun": method.noun, "instance_prompt": data.fill(method.templates()[0], method.subject),
@@ -41,13 +41,13 @@ def opening(settings: TrainSettings, method: Method, base: Base, intake: Any, ac
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "device": str(base.device), "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"), "command": runs.hide_in_command(["finetune", *sys.argv[1:]]),
-    }
+    })
 
 
 def facts(settings: TrainSettings, method: Method, base: Base, intake: Any, accelerator: Accelerator) -> dict[str, Any]:
     """All that a run's numbers follow from: a checkpoint made under others is not continued by mistake."""
     pictures = hashlib.sha256("".join(picture.sha256 for picture in intake.pictures).encode()).hexdigest()
-    return settings.model_dump(mode="json") | {"method": method.name, "model_hash": base.hash, "processes": accelerator.num_processes,
+    return runs.hide_in(settings.model_dump(mode="json")) | {"method": method.name, "model_hash": base.hash, "processes": accelerator.num_processes,
                                                "pictures": f"{len(intake.pictures)} of SHA-256 {pictures[:16]}"}
 
 
