@@ -107,7 +107,7 @@ def test_recipes(recipe: str, said: str, pictures_dir: Path, tmp_path: Path, cap
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--device", "meta"], "There is no device 'meta' here."), (["--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU."),
+    (["--rank", "1000"], "--rank 1000 is larger than the narrowest chosen layer, which is 32 wide."), (["--device", "meta"], "There is no device 'meta' here."), (["--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a GPU."),
     (["--model", "x" * 300], "There is no base model at"), (["--model", "nobody/nothing"], "is not in the local cache."),
 ])
 def test_flags(flags: list[str], said: str, tiny_model: Path, pictures_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
