@@ -10,9 +10,9 @@ from report_fixture import edit, write_comparison
 from rich.console import Console
 
 from finetune import methods, report, runs
-from finetune.cli import hub, processes
+from finetune.cli import failures, hub, processes
 from finetune.errors import Problem
-from finetune.training import artifacts, train
+from finetune.training import train
 from finetune.training.records import finish_on_failure
 
 TOKEN, PASSWORD, KEY = "hf_" + "abcDEF123456" * 2, "pa55w0rd-of-mine", "0123456789abcdef0123"
@@ -91,9 +91,12 @@ def test_reports_of_older_runs(tmp_path: Path):
         assert TOKEN not in text and PASSWORD not in text, name
 
 
-def test_nothing_asks_for_code_of_strangers():
-    """`trust_remote_code` is on nowhere: the word stands in no line of the package, and torch.hub is not used."""
-    package = Path(artifacts.__file__).parent.parent
-    lines = [line for path in package.rglob("*.py") for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len(lines) > 20_000  # the package was found
-    assert not [line for line in lines if "trust_remote_code=True" in line.replace(" ", "") or "torch.hub" in line]
+@pytest.mark.parametrize("debug", [False, True])
+def test_what_is_said_when_something_fails(capfd: pytest.CaptureFixture[str], debug: bool):
+    try:
+        raise Problem(f"https://me:{PASSWORD}@example.com answered 401 to {TOKEN}.", f"Authorization: Bearer {KEY} is no longer good.", "Log in.")
+    except Problem as error:
+        assert failures.tell(error, debug) == failures.REFUSED
+    said = capfd.readouterr().err
+    assert "Log in." in said and "(hidden)" in said and not [secret for secret in (PASSWORD, TOKEN, KEY) if secret in said]
+    assert ("Traceback" in said) == debug

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 import textwrap
 import traceback
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from finetune.errors import Problem, nearest, out_of_memory
+from finetune.runs.secrets import hide
 
 REFUSED, UNEXPECTED, INTERRUPTED = 2, 1, 130
 _PERMISSIONS = "Check its permissions, or choose another folder with --output."
@@ -32,7 +34,7 @@ REMEDIES = {  # what the system refuses on a right path -> what to do
 def tell(error: BaseException, debug: bool) -> int:
     """Print the block for an error and return the exit code."""
     if debug and not isinstance(error, KeyboardInterrupt):
-        traceback.print_exception(error)
+        sys.stderr.write(hide("".join(traceback.format_exception(error))))
     if isinstance(error, KeyboardInterrupt):
         block([("Stopped", "interrupted.")])
         return INTERRUPTED
@@ -97,7 +99,7 @@ def block(lines: list[tuple[str, str]]) -> None:
     console = Console(stderr=True, highlight=False)
     indent = max(len(label) for label, text in lines if text) + 2
     for number, (label, text) in enumerate(line for line in lines if line[1]):
-        shown = "".join(sign if sign.isprintable() else "\ufffd" for sign in " ".join(text.split()))  # names come from strangers' files
+        shown = "".join(sign if sign.isprintable() else "\ufffd" for sign in hide(" ".join(text.split())))  # names come from strangers' files
         wrapped = textwrap.wrap(shown, min(console.width, 80) - indent, break_long_words=False,
                                 break_on_hyphens=False)
         style = "bold red" if number == 0 else "bold"
