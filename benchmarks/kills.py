@@ -62,7 +62,7 @@ def main() -> None:
 
 def preload() -> None:
     """Have every library in memory that a run imports, and no thread that a fork would lose."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HF_HUB_OFFLINE"] = "1"
     import peft  # noqa: F401
