@@ -80,13 +80,14 @@ def refused(mark: Path, *words: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["artifact.pt", "embedding.bin", "hypernetwork.pt", "lora.pt", "lora.safetensors", "model.ckpt", "model.safetensors"])
 def test_artifacts_and_models(kind: str, name: str, tiny_model: Path, tmp_path: Path, mark: Path) -> None:
-    """generate, convert and inspect, as a file and in a folder."""
+    """generate (as a file, in a folder, as the base), convert and inspect."""
     folder = tmp_path / "downloaded"
     folder.mkdir()
     (folder / name).write_bytes(KINDS[kind]())
-    rendered = ("generate", "--model", tiny_model, "--prompt", "x", "--output", tmp_path / "pictures")
-    refused(mark, *rendered, "--artifact", folder / name)
-    refused(mark, *rendered, "--artifact", folder)
+    if kind == "zip" or name == "artifact.pt":  # one reader for all: each name and each kind is tried, not each pair
+        rendered = ("generate", "--model", tiny_model, "--prompt", "x", "--output", tmp_path / "pictures")
+        refused(mark, *rendered, "--artifact", folder / name)
+        refused(mark, *rendered, "--artifact", folder)
     refused(mark, "generate", "--model", folder / name, "--prompt", "x", "--output", tmp_path / "pictures")
     refused(mark, "convert", folder / name, "--to", "single-file", "--output", tmp_path / "converted.safetensors")
     assert app.run(["inspect", str(folder / name)]) in (0, 2) and not mark.exists()
@@ -112,13 +113,12 @@ def test_checkpoint_and_resume_state(tiny_model: Path, pictures_dir: Path, tmp_p
     assert app.run([str(word) for word in words]) == 0
     kept = sorted((tmp_path / "run" / "checkpoints").glob("*/manifest.json"))[-1].parent
     whole = {path.name: path.read_bytes() for path in kept.iterdir()}
-    for name in ("trained.safetensors", "optimizer.safetensors", "manifest.json"):
-        for kind in KINDS.values():
-            (kept / name).write_bytes(kind())
-            if name != "manifest.json":
-                told = runs.read_json(kept / "manifest.json")
-                (kept / "manifest.json").write_text(json.dumps(told | {"files": told["files"] | {name: runs.sha256(kept / name)}}))
-            refused(mark, *words, "--resume", "--steps", 3)
+    for name, kind in (("trained.safetensors", zipped), ("optimizer.safetensors", legacy), ("manifest.json", plain)):
+        (kept / name).write_bytes(kind())
+        if name != "manifest.json":
+            told = runs.read_json(kept / "manifest.json")
+            (kept / "manifest.json").write_text(json.dumps(told | {"files": told["files"] | {name: runs.sha256(kept / name)}}))
+        refused(mark, *words, "--resume", "--steps", 3)
         for old, content in whole.items():
             (kept / old).write_bytes(content)
     assert app.run([str(word) for word in words] + ["--resume", "--steps", "3"]) == 0

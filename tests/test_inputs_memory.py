@@ -30,19 +30,24 @@ def test_training_names_three_settings_with_the_plans_figures(tiny_model: Path, 
                                                               capsys: pytest.CaptureFixture[str]) -> None:
     import finetune.training
 
+    plans: list[estimate.Prediction] = []
+    predict = estimate.predict
+    monkeypatch.setattr(estimate, "predict", lambda settings, base, **more: plans.append(predict(settings, base, **more)) or plans[-1])
     monkeypatch.setattr(finetune.training, "train", hungry)
-    given = {"model": str(tiny_model), "resolution": 256, "batch_size": 4, "accumulate": 2, "memory": "fast"}
+    given = {"model": str(tiny_model), "resolution": 128, "batch_size": 4, "accumulate": 2, "memory": "fast"}
     words = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     assert app.run(["lora", "--class-noun", "backpack", "--instance-dir", str(pictures_dir), *words, "--output", str(tmp_path / "run")]) == 2
     text = said(capsys)
     assert text.startswith("Problem: Memory ran out: another 1125899.9 GB were asked for.") and "Traceback" not in text
-    plan = estimate.predict(Settings(class_noun="backpack", **given), skeleton(str(tiny_model)), device="cpu")
+    plan, less = plans
     found = [(name, float(number) * {"M": 1e6, "G": 1e9}[unit]) for name, number, unit in re.findall(r"(--[a-z-]+)[^;(]* \(saves about ([\d.]+) ([MG])B\)", text)]
     assert len(found) == 3 and [value for _, value in found] == sorted((value for _, value in found), reverse=True)
     saves = dict(found)
+    assert (plan.batch_size, plan.resolution, plan.rung) == (4, 128, "fast")
+    assert saves.get("--gradient-checkpointing", plan.activations - less.activations) == pytest.approx(plan.activations - less.activations, rel=0.02)
     assert saves["--batch-size"] == pytest.approx(plan.activations * 3 / 4, rel=0.02)
-    assert saves["--resolution"] == pytest.approx(plan.activations * (1 - 0.75**2), rel=0.02)
-    assert "--batch-size 1 --accumulate 8" in text and "--resolution 192" in text
+    assert saves["--resolution"] == pytest.approx(plan.activations * (1 - 0.5**2), rel=0.02)
+    assert "--batch-size 1 --accumulate 8" in text and "--resolution 64" in text
 
 
 def test_generate_names_what_saves(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,7 +142,7 @@ def test_ten_thousand_files(tmp_path: Path) -> None:
 
 
 def test_a_strip_is_cut_before_it_is_enlarged() -> None:
-    """20,000 x 10 would become 1,024,000 x 512, 1.5 GB; its middle square is what is wanted."""
+    """20,000 x 10 would become 1,024,000 x 512, 1.6 GB; its middle square is what is wanted."""
     strip = Image.new("RGB", (20_000, 10), "red")
     strip.paste("blue", (9_995, 0, 10_005, 10))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -42,10 +42,11 @@ def read_dataset(settings: TrainSettings) -> Intake:
             name = _name(table[index][settings.image_column], index)
             data = functools.partial(_bytes, table, settings.image_column, index, roots)
             content = data()
+            digest = hashlib.sha256(content).hexdigest()
+            refuse_twin(digest, name, first_with)
             image, notes = decode(io.BytesIO(content), settings.max_pixels)
-            picture = Picture(name, None, texts[index], "; ".join(notes), hashlib.sha256(content).hexdigest(), image.size,
-                              data=data, max_pixels=settings.max_pixels)
-            refuse_twin(picture, first_with)
+            picture = Picture(name, None, texts[index], "; ".join(notes), digest, image.size, data=data, max_pixels=settings.max_pixels)
+            first_with[digest] = name
         except Unreadable as error:
             found.skipped.append((name, str(error)))
         else:

@@ -91,8 +91,7 @@ def scan(folder: Path, max_pixels: int, *, flag: str = "--instance-dir", caption
         try:
             if path in strangers:
                 raise Unreadable(LEADS_OUT)
-            picture = _read(path, max_pixels)
-            refuse_twin(picture, first_with)
+            picture = _read(path, max_pixels, first_with)
         except Unreadable as error:
             found.skipped.append((path.name, str(error)))
         else:
@@ -123,8 +122,8 @@ def _entries(folder: Path, flag: str) -> list[Path]:
         raise Problem(f"{flag} {folder} cannot be listed.", f"{error.strerror}.", "Check its permissions.") from error
 
 
-def _read(path: Path, max_pixels: int) -> Picture:
-    """One entry of a folder as a checked picture; Unreadable with the reason otherwise."""
+def _read(path: Path, max_pixels: int, first_with: dict[str, str]) -> Picture:
+    """One entry of a folder as a checked picture; Unreadable with the reason otherwise. A copy of one before is not decoded again."""
     suffix = path.suffix.lower()
     if path.is_dir():
         raise Unreadable("a sub-folder; only the folder itself is read")
@@ -136,17 +135,23 @@ def _read(path: Path, max_pixels: int) -> Picture:
     if suffix in _RAW:
         raise Unreadable("a camera raw file; export it as JPEG or PNG")
     try:
+        digest = runs.sha256(path)
+    except OSError as error:
+        raise Unreadable(f"cannot be read ({error.strerror})") from None
+    refuse_twin(digest, path.name, first_with)
+    try:
         image, notes = decode(path, max_pixels)
     except Unreadable as error:
         hint = _UNREADABLE_KINDS.get(suffix)
         raise Unreadable(hint.format(suffix[1:].upper()) if hint and "format Pillow" in str(error) else str(error)) from None
-    return Picture(path.name, path, None, "; ".join(notes), runs.sha256(path), image.size, max_pixels=max_pixels)
+    first_with[digest] = path.name
+    return Picture(path.name, path, None, "; ".join(notes), digest, image.size, max_pixels=max_pixels)
 
 
-def refuse_twin(picture: Picture, first_with: dict[str, str]) -> None:
-    """Leave out a file whose bytes were seen before: it would count double in every epoch."""
-    first = first_with.setdefault(picture.sha256, picture.file)
-    if first != picture.file:
+def refuse_twin(digest: str, name: str, first_with: dict[str, str]) -> None:
+    """Leave out a file whose bytes were kept before: it would count double in every epoch."""
+    first = first_with.get(digest, name)
+    if first != name:
         raise Unreadable(f"the same file as {first}, kept once")
 
 
