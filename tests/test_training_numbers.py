@@ -108,9 +108,9 @@ def test_fp16_that_only_overflows_is_no_training() -> None:
 def test_a_loss_that_runs_away_is_told_once() -> None:
     watch = divergence.Watch()
     assert watch.add([1.0, 3.0] * 10) is None  # the first ones, mean 2
-    assert watch.add([4.9] * 49) is None  # not 50 yet
-    assert watch.add([4.9]) is None  # 4.9 is not 2.5 times as much
-    assert watch.add([float("nan"), *[5.5] * 25]) == "The mean loss of the last 50 steps is 2.6 times that of the first 20: training runs away."
+    assert watch.add([7.9] * 49) is None  # not 50 yet
+    assert watch.add([7.9]) is None  # 7.9 is not four times as much
+    assert watch.add([float("nan"), *[9.7] * 25]) == "The mean loss of the last 50 steps is 4.4 times that of the first 20: training runs away."
     assert watch.add([90.0] * 80) is None and watch.look(90.0) is None  # said already
     assert divergence.advice(1e-2) == "The likely cause is the learning rate (0.01); a third of it is worth trying."
 

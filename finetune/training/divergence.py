@@ -6,7 +6,7 @@ import math
 
 # Losses of single steps differ tenfold with the timestep, so means of many are compared. The first ones are few, because a
 # rate that is far too high has done its harm within tens of steps.
-FIRST, NEWEST, BOUND = 20, 50, 2.5
+FIRST, NEWEST, BOUND = 20, 50, 4.0
 # The fixed set has the same noise at every look, so less is already much. docs/reliability.md has the largest ratios of
 # runs that went well, and those of rates that are too high.
 BOUND_FIXED = 1.5
