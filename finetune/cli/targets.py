@@ -74,7 +74,7 @@ def find(name: str) -> Source:
     path = Path(name).expanduser()
     place = path / "artifact" if (path / "artifact" / "artifact.json").is_file() else path
     run = path if place is not path or (path / "artifact.json").is_file() else None
-    told = runs.read_json(place / "artifact.json").get("metadata", {}) if (place / "artifact.json").is_file() else {}
+    told = _told(place / "artifact.json") if (place / "artifact.json").is_file() else {}
     if (path / "manifest.json").is_file() and not (path / "artifact").is_dir():
         raise Problem(f"The run {path} has no artifact yet.", "It did not finish.", "Go on with the same command and --resume.")
     if path.suffix == ".ckpt" and path.is_file():
@@ -89,6 +89,13 @@ def find(name: str) -> Source:
 
     located = locate(name)
     return Source("model", Path(name) if located.delta or name.startswith("toybox") else located.path, name, run, told)
+
+
+def _told(path: Path) -> dict[str, str]:
+    """The metadata of an artifact.json, which may be anybody's; empty where it has none."""
+    found = runs.read_json(path)
+    metadata = found.get("metadata") if isinstance(found, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def refuse(kind: str, target: str, table: dict[str, dict]) -> Problem:

@@ -53,10 +53,10 @@ def load_artifact(base: Base, path: Path | str, strength: float = 1.0) -> Loaded
     """Put an artifact (file or folder) onto a fresh base; its kind is found from the files alone.
 
     Raises:
-        Problem: missing, of no known kind, or for a model of another width.
+        Problem: missing, of no known kind, or for a model of another width or prediction.
     """
     method, found = _kind(Path(path).expanduser())
-    return method.load(base, found, strength)
+    return _fitting(base, method.load(base, found, strength))
 
 
 def load_artifacts(base: Base, artifacts: list[tuple[Path, float]]) -> list[Loaded]:
@@ -69,8 +69,16 @@ def load_artifacts(base: Base, artifacts: list[tuple[Path, float]]) -> list[Load
     whole = [found for _, method, found, _ in kinds if method.replaces]
     if len(whole) > 1:
         raise Problem(f"{whole[0]} and {whole[1]} are both whole networks.", "The second would replace the first.", "Load one of them.")
-    loaded = {place: method.load(base, found, strength) for place, method, found, strength in sorted(kinds, key=lambda kind: not kind[1].replaces)}
+    loaded = {place: _fitting(base, method.load(base, found, strength)) for place, method, found, strength in sorted(kinds, key=lambda kind: not kind[1].replaces)}
     return [loaded[place] for place in range(len(artifacts))]
+
+
+def _fitting(base: Base, loaded: Loaded) -> Loaded:
+    """The same, when it was trained on a base that predicts what this one does."""
+    from finetune.model.words import check_prediction
+
+    check_prediction(base, loaded.metadata, loaded.path)
+    return loaded
 
 
 def _kind(path: Path) -> tuple[type[Method], Path]:

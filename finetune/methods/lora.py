@@ -81,6 +81,11 @@ class Lora(Method):
         self._check_targets(base.unet, target)
         self._configs = {"unet": self._config(target, self.settings.rank)}
         if self.settings.text_encoder_rank:
+            for part, encoder, _ in base.encoders():
+                if self.settings.text_encoder_rank > encoder.config.hidden_size:
+                    raise Problem(f"--text-encoder-rank {self.settings.text_encoder_rank} is larger than the layers of the {part}, which are "
+                                  f"{encoder.config.hidden_size} wide.", "A larger rank than that adds numbers but no freedom.",
+                                  f"Use --text-encoder-rank {encoder.config.hidden_size} or less.")
             self._configs |= {part: self._config(TEXT_TARGETS, self.settings.text_encoder_rank) for part, _, _ in base.encoders()}
         trained: dict[str, nn.Parameter] = {}
         for part, config in self._configs.items():

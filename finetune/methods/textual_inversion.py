@@ -20,6 +20,7 @@ from finetune.methods.base import Group, Loaded, Method, files_of
 from finetune.model.base import Base
 from finetune.model.conditioning import Cond
 from finetune.model.text import add_tokens, encode
+from finetune.model.words import check_initializer, check_placeholder
 from finetune.settings import TrainSettings, setting
 
 DIFFUSERS = ("learned_embeds.safetensors", "learned_embeds_2.safetensors")  # of each text encoder
@@ -93,6 +94,7 @@ class TextualInversion(Method):
                           "Nothing would be learned.", f"Use --subject {self.placeholder!r} or leave it out.")
 
     def attach(self, base: Base) -> list[Group]:
+        check_placeholder(base, self.placeholder)
         self._rows = add_tokens(base, self.placeholder, *(self._start(encoder, tokenizer) for _, encoder, tokenizer in base.encoders()))
         medians = [encoder.get_input_embeddings().weight.float().norm(dim=1).median() for _, encoder, _ in base.encoders()]
         self._limits = [float(median) * self.settings.norm_limit for median in medians]
@@ -101,6 +103,8 @@ class TextualInversion(Method):
     def _start(self, encoder: nn.Module, tokenizer: Any) -> Tensor:
         """Rows (n x D) of one encoder to start from: the initializer's tokens, cycled or cut to the number of vectors."""
         words = self.settings.initializer or self.noun
+        if words != self.settings.class_noun:  # a class noun that is only spelled is a poor start, and no mistake
+            check_initializer(tokenizer, words)
         ids = tokenizer(words, add_special_tokens=False).input_ids
         if not ids or tokenizer.unk_token_id in ids and tokenizer.unk_token_id != tokenizer.eos_token_id:
             raise Problem(f"The initializer {words!r} is unknown to this model.", "Its tokenizer cannot split it.", "Use a plain word.")

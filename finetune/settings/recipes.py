@@ -37,7 +37,7 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
                       f"Packaged are: {', '.join(recipes()) or 'none'}.") from None
     except IsADirectoryError:
         raise Problem(f"The recipe {str(name)!r} is a folder.", "", "Name the .toml file in it.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of TOML, of UTF-8; numbers of thousands of digits, deep nesting
         raise Problem(f"The recipe {path} is not valid TOML: {error}.", "", "Write one `key = value` a line; text in quotes.") from None
 
 

@@ -34,11 +34,17 @@ def opened(settings: TrainSettings, held: contextlib.ExitStack, console: Console
     elif _taken(folder) and not settings.resume:
         raise Problem(f"There is a run in {folder} already.", "It would be mixed up with the new one.",
                       "Choose another --output, go on with --resume, or clear it with --overwrite.")
-    elif settings.resume and not runs.checkpoints(folder) and runs.read_json(folder / "manifest.json").get("status") != "finished":
+    elif settings.resume and not runs.checkpoints(folder) and _status(folder) != "finished":
         console.print(f"The run in {folder} ended before its first checkpoint: it begins anew.", soft_wrap=True)
         _clear(folder)
         return folder, False
     return folder, settings.resume
+
+
+def _status(folder: Path) -> str:
+    """How the run in a folder ended, by its manifest; "" where that does not say."""
+    told = runs.read_json(folder / "manifest.json")
+    return told.get("status", "") if isinstance(told, dict) else ""
 
 
 def _taken(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from finetune.model.base import Base, load, pick_device
 from finetune.model.families import CHANNELS, locate
 from finetune.model.sampling import render
 from finetune.model.text import encode_cached
+from finetune.model.words import check_prompts
 from finetune.settings import TrainSettings
 from finetune.training import artifacts, checkpoint, folders, memory, processes, records, signals, space, stopping
 from finetune.training.announce import announce
@@ -74,6 +75,7 @@ def _run(given: TrainSettings, method: Method, accelerator: Accelerator, device:
         runs.write_json(folder / "manifest.json", manifest)
     with records.finish_on_failure(folder, manifest, writes):
         with accelerator.main_process_first():  # the others find them in the cache
+            check_prompts(base, {"--class-prompt": settings.class_prompt})
             classes, class_seconds = _class_pictures(settings, method, base, console)
         captions = data.caption_candidates(intake.pictures, method.templates(), method.subject)
         source = data.source(settings, intake, classes, base.vae, captions, method.class_prompt if classes else "", base.device,
@@ -81,6 +83,9 @@ def _run(given: TrainSettings, method: Method, accelerator: Accelerator, device:
         _encode_pictures(settings, base, source, accelerator, console)
         base.recall("unet")
         state = prepare(base, method, settings, accelerator)
+        given_prompt = data.fill(settings.instance_prompt, method.subject) if settings.instance_prompt else None
+        for flag, prompt in [("--instance-prompt", given_prompt), *(("--preview-prompt", prompt) for prompt in settings.preview_prompt)]:
+            check_prompts(base, {flag: prompt})
         state.notes[:0] = notes
         if settings.resume:
             checkpoint.restore(folder, state)
