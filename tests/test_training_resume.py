@@ -189,3 +189,12 @@ def test_a_signal_after_the_last_step_changes_nothing(tiny_model: Path, pictures
     monkeypatch.setattr(run, "fit", stops)
     assert left(trained(settings, tmp_path / "signalled")) == whole
     assert runs.read_json(tmp_path / "signalled" / "manifest.json")["status"] == "finished"
+
+
+def test_a_manifest_that_lists_no_hashes_is_not_believed(tiny_model: Path, pictures_dir: Path, tmp_path: Path) -> None:
+    settings = given(("textual-inversion", "adamw", "none", 0.0, 1), tiny_model, pictures_dir, checkpoint_every=2)
+    folder = trained(settings, tmp_path / "run")
+    told = next((folder / "checkpoints").glob("*/manifest.json"))
+    runs.write_json(told, runs.read_json(told) | {"files": {}})
+    with pytest.raises(Problem, match=r"trained\.safetensors is damaged"):
+        trained(settings | {"steps": STEPS + 1}, folder, resume=True)

@@ -23,6 +23,7 @@ HARMLESS = {"steps", "output", "resume", "overwrite", "checkpoint_every", "keep_
             "preview_every", "preview_prompt", "export_dtype", "device", "stop", "stop_window", "stop_threshold", "export_every", "keep",
             "judge", "clip", "encoder", "export", "push_to_hub", "memory", "memory_limit", "free_encoders", "latent_cache", "keep_pages", "lean", "step_in_backward",
             "gradient_checkpointing", "resume_anyway", "on_nonfinite", "skip_at_most"}
+FILES = ("trained.safetensors", "optimizer.safetensors")
 # What a checkpoint's tensors mean nothing without.
 ESSENTIAL = {"method", "model_hash", "optimizer"}
 
@@ -100,11 +101,11 @@ def restore(folder: Path, state: State) -> None:
     """
     newest = _newest(folder)
     manifest = _manifest(newest)
-    for name, digest in manifest["files"].items():
-        if not (newest / name).is_file() or runs.sha256(newest / name) != digest:
+    for name in FILES:
+        if not (newest / name).is_file() or runs.sha256(newest / name) != manifest["files"].get(name):
             raise Problem(f"The checkpoint file {newest / name} is damaged.", "Its SHA-256 is not the one in its manifest.",
                           f"Remove {newest} to fall back to the one before.")
-    trained = load_file(newest / "trained.safetensors")
+    trained, optimizer = (load_file(newest / name) for name in FILES)
     live = {f"{prefix}/{name}": value for prefix, values in (("parameter", state.parameters), ("extra", state.extra)) for name, value in values.items()}
     wrong = [name for name in trained.keys() | live.keys()
              if name not in trained or name not in live or trained[name].shape != live[name].shape]
@@ -114,7 +115,7 @@ def restore(folder: Path, state: State) -> None:
     with torch.no_grad():
         for name, value in live.items():
             value.copy_(trained[name])
-    _restore_optimizer(state, load_file(newest / "optimizer.safetensors"), manifest["optimizer"])
+    _restore_optimizer(state, optimizer, manifest["optimizer"])
     state.step = manifest["step"]
 
 
