@@ -77,11 +77,12 @@ class Results:
         return f"{words.score(found['mean'])} {words.interval(found['low'], found['high']) if bounds else ''}".strip()
 
     def table(self, study: str, keys: list[str], rows: list[str] | None = None) -> str:
-        """A Markdown table of rows by keys; keys nobody has are left out."""
+        """A Markdown table of rows by keys; keys nobody has are left out, and the intervals of two subjects."""
+        bounds = self.subjects(study) > 2
         found = [row for row in self.studies[study]["rows"] if rows is None or row["row"] in rows]
         keys = [key for key in keys if any(key in row["scores"] or key in row.get("costs", {}) for row in found)]
         lines = ["| | " + " | ".join(self.heading(study, key) for key in keys) + " |", "|---|" + "---:|" * len(keys)]
-        lines += [f"| {row['title']} | " + " | ".join(self.text(study, row["row"], key) for key in keys) + " |" for row in found]
+        lines += [f"| {row['title']} | " + " | ".join(self.text(study, row["row"], key, bounds) for key in keys) + " |" for row in found]
         return "\n".join(lines)
 
     def heading(self, study: str, key: str) -> str:
@@ -106,7 +107,8 @@ class Results:
         """"+.08 [.03, .13], decided" or "... no measurable difference"."""
         one = self.pair(study, key, a, b)
         sign = "+" if one["difference"] > 0 else ""
-        verdict = "decided" if one["decided"] else "no measurable difference"
+        alone = one["low"] > 0 or one["high"] < 0  # of all pairs of the column together it may still be chance
+        verdict = "decided" if one["decided"] else "undecided after correction" if alone else "no measurable difference"
         return f"{sign}{words.score(one['difference'])} {words.interval(one['low'], one['high'])}, {verdict}"
 
     def best(self, study: str, key: str) -> list[str]:
