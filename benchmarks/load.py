@@ -35,11 +35,13 @@ def main() -> None:
     found.add_argument("--log-every", type=int, default=10)
     found.add_argument("--draw", type=int, default=500, help="pictures to generate")
     found.add_argument("--bound", type=float, default=0.02, help="share by which memory may grow")
+    found.add_argument("--only", choices=["training", "generate"], help="one of the two")
     options = found.parse_args()
     model, side = common.settings_of(options)["model"], str(options.resolution or common.NATIVE[options.size])
     with tempfile.TemporaryDirectory(prefix="load-") as place:
-        rows = {"training": training(Path(place), model, side, options), "generate": generating(Path(place), model, side, options)}
-    common.show("Load", ["", "megabytes warm", "least", "most", "last", "most/least", "last/first", "open files", "looks", "minutes"], [
+        parts = {"training": training, "generate": generating}
+        rows = {name: work(Path(place), model, side, options) for name, work in parts.items() if options.only in (None, name)}
+    common.show("Load", ["", "MiB", "least", "most", "last", "spread", "growth", "files", "looks", "min"], [
         [name, *(f"{told[key] / 2**20:.1f}" for key in ("warm", "least", "most", "last")), f"{told['spread']:.4f}", f"{told['growth']:.4f}",
          f"{told['files_least']}-{told['files_most']}", str(told["looks"]), f"{told['seconds'] / 60:.1f}"] for name, told in rows.items()])
     common.write({"bound": options.bound, **rows}, options.json)
