@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from finetune import methods
 from finetune.errors import Problem
-from finetune.plan import process
+from finetune.model.families import locate
+from finetune.plan import estimate, process
 from finetune.plan.estimate import choose, predict
 from finetune.plan.reality import compare, measure
 from finetune.plan.skeleton import skeleton
@@ -100,3 +102,15 @@ def test_measured_runs_were_within_15_percent() -> None:
     rows = json.loads((Path(__file__).parent.parent / "docs" / "plan.json").read_text(encoding="utf-8"))
     assert len(rows) >= 12 and {row["base"] for row in rows} == {"tiny", "small", "sd15"} and len({row["method"] for row in rows}) == 4
     assert [row for row in rows if abs(row["planned"] / row["measured"] - 1) > 0.15] == []
+
+
+def test_processes_that_share_a_machine_share_its_memory(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for one is not enough for two: torchrun says how many there are here."""
+    settings = settings_of("lora", tiny_model, device="cpu")
+    plenty = estimate._plenty(settings, locate(settings.model))
+    monkeypatch.setattr(process, "free", lambda: int(1.2 * plenty))
+    monkeypatch.setattr(process, "resident", lambda: 0)
+    monkeypatch.setattr(estimate, "predict", lambda *given, **more: SimpleNamespace(peak=10**15))
+    assert choose(settings) == "fast"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert choose(settings) == "lowest"

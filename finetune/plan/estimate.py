@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,8 @@ def _choose(settings: TrainSettings) -> str:
     limit = processes.parse_bytes(settings.memory_limit) if settings.memory_limit else 0
     device = pick_device(settings.device)
     if not limit:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else processes.free() + processes.resident()
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun started on this machine share its memory
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else processes.free() / beside + processes.resident()
         limit = int(0.9 * free)
     location = locate(settings.model)
     if _plenty(settings, location) <= limit:

@@ -61,7 +61,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
 def _run(given: TrainSettings, method: Method, accelerator: Accelerator, device: torch.device, asked: signals.Asked, console: Console, started: float) -> Path:
     """The run in its folder, which is ours until it ends."""
     folder, writes = given.output, accelerator.is_main_process
-    settings, notes = memory.settled(given, method, device)
+    settings, notes = processes.shared(accelerator, lambda: memory.settled(given, method, device))
     method.settings = settings
     intake = data.intake(settings)
     base = load(settings.model, accelerator.device, unet_dtype=None if method.replaces else engine.weights_dtype(settings),
