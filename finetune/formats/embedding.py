@@ -183,7 +183,7 @@ def _from_webui(path: Path, content: dict[Any, Any]) -> Embedding:
     if isinstance(table, torch.nn.ParameterDict):
         table = dict(table.named_parameters(recurse=False))
     if not isinstance(table, Mapping) or len(table) != 1:
-        raise _not_one(path, f"its string_to_param does not hold exactly one entry")
+        raise _not_one(path, "its string_to_param does not hold exactly one entry")
     ((_, vectors),) = table.items()
     told = ("name", "step", "sd_checkpoint", "sd_checkpoint_name")
     metadata = {key: str(content[key]) for key in told if content.get(key) is not None}

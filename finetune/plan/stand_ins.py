@@ -112,8 +112,6 @@ def on_paper() -> Iterator[None]:
     Private operators of oneDNN give results of the right shape. And `module.to(...)` takes fake tensors that are where they
     are made there, or in that number format: torch would exchange them, and refuses because its own fake mode remembers them.
     """
-    plain = torch.utils.swap_tensors
-
     def swap(mine: Tensor, other: Tensor) -> None:
         if (mine.dtype, mine.device) != (other.dtype, other.device):
             mine.data = other.data

@@ -285,7 +285,6 @@ def _drawing(ground, thing, mask) -> Image.Image:
 
 def _pixel_art(ground, thing, mask) -> Image.Image:
     """Blocks of two pixels in a small palette (six levels per channel), with a dark rim around the thing."""
-    small = (SIDE // 2, SIDE // 2)
     page = ground.reduce(ZOOM * 2)
     cover = _blocks(mask)
     rim = ImageChops.subtract(cover.filter(ImageFilter.MaxFilter(3)), cover)
