@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from finetune.engine import attention, frozen, ladder, packed, table
+from finetune.engine import attention, convolutions, frozen, ladder, table
 from finetune.engine.optimizer import InBackward
 from finetune.engine.pages import keep_pages
 from finetune.errors import Problem
@@ -146,62 +148,127 @@ def test_pages_are_kept_on_linux() -> None:
 
 # -- kernels ------------------------------------------------------------------------------------------------------------------
 
-def convolution(side: int = 3) -> tuple[nn.Sequential, torch.Tensor]:
+def convolution(side: int = 3, stride: int = 1, trained: bool = False) -> tuple[nn.Sequential, torch.Tensor]:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(64, 96, side, padding=side // 2)).requires_grad_(False), torch.randn(2, 64, 9, 7, requires_grad=True)
+    layer = nn.Conv2d(64, 96, side, stride, padding=side // 2)
+    return nn.Sequential(layer).requires_grad_(trained), torch.randn(2, 64, 9, 7, requires_grad=True)
 
 
-@pytest.mark.parametrize("side", [3, 1])
-def test_packed_convolutions_are_convolutions(side: int, own_table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "faster", lambda *question: True)
-    net, x = convolution(side)
+def take(name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every direction takes the way of the name where it has one; returns what is asked."""
+    asked: list[str] = []
+
+    def fastest(question: str, ways: dict[str, Any], tolerance: float) -> str:
+        asked.append(question)
+        return name if name in ways else "plain"
+
+    monkeypatch.setattr(convolutions, "fastest", fastest)
+    return asked
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("side", "stride"), [(3, 1), (3, 2), (1, 1)])
+@pytest.mark.parametrize("name", ["plain", "columns", "folded", "turned", "packed"])
+def test_every_way_of_a_convolution_is_the_convolution(name: str, side: int, stride: int, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and all gradients against float64, for two batch sizes and two shapes with one choice."""
+    take(name, monkeypatch)
+    net, x = convolution(side, stride, trained)
     exact = copy.deepcopy(net).double()
-    assert packed.pack(net) == 1
-    found = net(x)
-    assert type(net[0]) is (packed.PackedConv2d if side == 3 else packed.ProductConv2d) and net[0].weight.is_meta is (side == 3)
-    wide = x.detach().double().requires_grad_()
-    right, grad = exact(wide), torch.randn(2, 96, 9, 7)
-    found.backward(grad)
-    right.backward(grad.double())
-    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(net(x[:1, :, :5, :5]).double(), exact(wide[:1, :, :5, :5]), rtol=1e-5, atol=1e-5)  # any other size too
+    assert convolutions.quicken(net) == 1
+    for some in (x, x[:1, :, :5, :6].detach().clone().requires_grad_()):
+        wide = some.detach().double().requires_grad_()
+        found, right = net(some), exact(wide)
+        assert found.is_contiguous() and found.shape == right.shape
+        grad = torch.randn_like(found)
+        found.backward(grad)
+        right.backward(grad.double())
+        torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(some.grad.double(), wide.grad, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(net.parameters(), exact.parameters(), strict=True):
+        assert (mine.grad is not None) is trained
+        if trained:
+            torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=1e-4)
 
 
-def test_packing_falls_back_where_it_is_slower_wrong_or_gone(own_table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frozen_weight_is_let_go_when_no_direction_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, let_go in (("packed", True), ("turned", False), ("columns", False)):  # turned and columns: the other direction reads it
+        take(name, monkeypatch)
+        net, x = convolution()
+        convolutions.quicken(net)
+        out = net(x)
+        assert not net[0].weight.is_meta  # until the backward pass has chosen
+        out.sum().backward()
+        assert net[0].weight.is_meta is let_go
+
+
+def test_directions_are_chosen_when_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = take("columns", monkeypatch)
+    net, x = convolution(stride=2)
+    convolutions.quicken(net)
+    net(x.detach())  # below the first adapter nothing goes back
+    assert asked == ["conv3x3 every 2 64-96 (9, 7) x2 ahead"]
+    net(x).sum().backward()
+    assert asked[1:] == ["conv3x3 every 2 64-96 (9, 7) x2 back"]
+    net, x = convolution(trained=True)
+    convolutions.quicken(net)
+    net(x.detach()).sum().backward()
+    assert asked[2:] == ["conv3x3 64-96 (9, 7) x2 ahead trained", "conv3x3 64-96 (9, 7) x2 weight trained"]
+
+
+def test_ways_that_are_wrong_or_gone_are_not_taken(own_table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*given: object) -> None:
         raise RuntimeError("no such operator")
 
     def wrong(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return torch.zeros(len(x), 96 if x.shape[1] == 64 else 64, *x.shape[2:])
 
-    for name, stand_in in (("faster", lambda *question: False), ("reorder", gone), ("run", wrong)):
+    monkeypatch.setattr(table, "_seconds", lambda work: work() is None or 1.0)
+    for name, stand_in in (("reorder", gone), ("run", wrong)):
         with monkeypatch.context() as patch:
-            patch.setattr(packed, "faster", lambda *question: True)
-            patch.setattr(packed, name, stand_in)
+            patch.setattr(table, "_known", {})
+            patch.setattr(convolutions, name, stand_in)
             net, x = convolution()
-            right = net(x).detach()
-            packed.pack(net)
-            assert torch.equal(net(x), right) and type(net[0]) is nn.Conv2d and not net[0].weight.is_meta
+            convolutions.quicken(net)
+            net(x).sum().backward()
+            assert len(table._table()) == 2 and not any("packed" in times for times in table._table().values())
+            (file,) = (own_table / "kernels").iterdir()
+            file.unlink()
 
 
-def test_what_trains_or_is_not_a_plain_convolution_is_not_packed() -> None:
-    trained = nn.Conv2d(64, 64, 3, padding=1)
-    others = [nn.Conv2d(64, 64, 3, padding=1, stride=2), nn.Conv2d(64, 64, 1, groups=2), nn.Conv2d(8, 64, 3, padding=1), nn.Linear(64, 64)]
-    assert packed.pack(nn.ModuleList([trained, *(layer.requires_grad_(False) for layer in others)])) == 0
+def test_what_is_not_a_plain_convolution_of_many_channels_stays() -> None:
+    others = [nn.Conv2d(64, 64, 3, padding=1, stride=3), nn.Conv2d(64, 64, 1, groups=2), nn.Conv2d(8, 64, 3, padding=1), nn.Linear(64, 64),
+              nn.Conv2d(64, 64, 3, padding=1, dtype=torch.bfloat16)]
+    assert convolutions.quicken(nn.ModuleList(others)) == 0
 
 
 def test_the_table_is_measured_once_and_kept(own_table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([1.0, 0.5, 1.0, 0.97])
-    monkeypatch.setattr(table, "_best", lambda work: next(times))
-    assert table.faster("half", print, print) and not table.faster("about the same", print, print)
+    def fastest(question: str, *seconds: float) -> str:
+        times = dict(zip(("plain", "other", "third"), seconds, strict=False))
+        ways = {name: lambda name=name: torch.ones(1) for name in times}
+        monkeypatch.setattr(table, "_measure", lambda ways, tolerance: times)
+        return table.fastest(question, ways, 0)
+
+    assert fastest("half", 1.0, 0.5) == "other" and fastest("about the same", 1.0, 0.97) == "plain" and fastest("three", 1.0, 0.9, 0.8) == "third"
     monkeypatch.setattr(table, "_known", {})  # another process
-    assert table.faster("half", print, print) and not table.faster("about the same", print, print)
+    assert fastest("half", 1.0, 2.0) == "other" and fastest("about the same", 1.0, 0.1) == "plain"
+    assert fastest("three", 1.0, 0.9) == "other"  # what was fastest is no way of this question any more
     (file,) = (own_table / "kernels").iterdir()
     file.write_text("not json", encoding="utf-8")
     monkeypatch.setattr(table, "_known", {})
-    monkeypatch.setattr(table, "_best", lambda work: 1.0)
-    assert not table.faster("half", print, print)
+    assert fastest("half", 1.0, 1.0) == "plain"
+
+
+def test_ways_take_turns_and_the_hopeless_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+
+    def seconds(work: Callable[[], torch.Tensor]) -> float:
+        timed.append("abc"[int(work()) - 1])
+        return {"a": 3.0, "b": 1.0, "c": 9.0}[timed[-1]]
+
+    monkeypatch.setattr(table, "_seconds", seconds)
+    ways = {name: lambda number=number: torch.tensor(float(number)) for number, name in enumerate("abc", start=1)}
+    assert table._measure(ways, 1e9) == {"a": 3.0, "b": 1.0, "c": 9.0}
+    assert "".join(timed) == "abc" + "b" * (table.ROUNDS - 1)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(300, 300), (128, 77), (5, 1)])
@@ -217,9 +284,9 @@ def test_chunked_attention_is_attention(queries: int, keys: int) -> None:
 def test_chunks_are_taken_where_they_are_faster(own_table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [torch.randn(1, 2, 40, 8, dtype=torch.bfloat16) for _ in range(3)]
     asked: list[str] = []
-    for answer in (True, False):
-        monkeypatch.setattr(attention, "faster", lambda question, *ways, answer=answer: asked.append(question) or answer)
-        assert attention.Plain("auto")._in_chunks(*parts) is answer
+    for answer in ("chunked", "sdpa"):
+        monkeypatch.setattr(attention, "fastest", lambda question, ways, tolerance, answer=answer: asked.append(question) or answer)
+        assert attention.Plain("auto")._in_chunks(*parts) is (answer == "chunked")
     assert len(asked) == 2
     assert not attention.Plain("auto")._in_chunks(*(part.float() for part in parts)) and len(asked) == 2
     assert attention.Plain("chunked")._in_chunks(*parts) and not attention.Plain("sdpa")._in_chunks(*parts)

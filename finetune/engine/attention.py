@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.engine.table import faster
+from finetune.engine.table import fastest
 
 CHUNK = 128  # queries at a time: their scores stay in the cache of a core
 TOLERANCE = 0.03  # of the largest value, between two ways of bf16
@@ -80,9 +80,8 @@ def _chunks_win(query: Tensor, key: Tensor, value: Tensor, shape: tuple[int, ...
             torch.autograd.grad(found, parts, torch.ones_like(found))
         return found.detach()
 
-    wanted, found = work(F.scaled_dot_product_attention), work(Chunked.apply)
-    same = torch.allclose(found.float(), wanted.float(), rtol=0, atol=TOLERANCE * float(wanted.abs().max()))
-    return same and faster(f"attention bf16 {shape}", lambda: work(F.scaled_dot_product_attention), lambda: work(Chunked.apply))
+    ways = {"sdpa": lambda: work(F.scaled_dot_product_attention), "chunked": lambda: work(Chunked.apply)}
+    return fastest(f"attention bf16 {shape}", ways, TOLERANCE) == "chunked"
 
 
 class Chunked(torch.autograd.Function):

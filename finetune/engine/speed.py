@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.engine.attention import attend
-from finetune.engine.packed import pack
+from finetune.engine.convolutions import quicken
 from finetune.settings import TrainSettings
 
 LARGE = 100_000_000
@@ -23,8 +23,8 @@ def speed_up(unet: nn.Module, settings: TrainSettings) -> list[str]:
     if settings.lean or settings.attention != "sdpa":
         attend(unet, settings.attention)
     if settings.pack == "on" or settings.pack == "auto" and _is_large(unet):
-        count = pack(unet) if settings.precision == "fp32" else 0
-        notes += [f"{count} convolutions may be packed for oneDNN"] if count else []
+        count = quicken(unet) if settings.precision == "fp32" else 0
+        notes += [f"{count} convolutions in the fastest of several ways"] if count else []
     if settings.channels_last:
         unet.to(memory_format=torch.channels_last)
         notes.append("channels innermost in memory")

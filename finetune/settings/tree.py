@@ -84,7 +84,7 @@ class TrainSettings(RunSettings):
     keep_pages: bool = setting(True, "where the whole UNet trains, freed memory stays with the process, so that no step asks for it again (Linux)", group="speed")
     lean: bool = setting(True, "adapters as two plain products, without their wrapper's checks; the same numbers", group="speed")
     pack: Literal["auto", "on", "off"] = setting(
-        "auto", "frozen layers in oneDNN's own layout, on a CPU [auto: where it was measured to be faster]", group="speed")
+        "auto", "convolutions in the fastest of several ways, on a CPU in fp32 [auto: large bases; each shape is measured once]", group="speed")
     attention: Literal["auto", "sdpa", "chunked"] = setting(
         "auto", "torch's attention, or our own in chunks of queries for bf16 on a CPU [auto: the faster one]", group="speed")
     channels_last: bool = setting(False, "pictures' channels innermost in memory", group="speed")
