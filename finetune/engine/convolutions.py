@@ -18,7 +18,7 @@ B rows, I and O input and output channels, H and W height and width, K the kerne
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -89,19 +89,19 @@ class ChoosingConv2d(nn.Conv2d):
     def _choose(self, direction: str, shape: Any, *given: Tensor) -> tuple[Way, Tensor | None]:
         frozen = not self.weight.requires_grad
         ways = {name: way for name, way in WAYS[direction].items() if way.fits(self) and (frozen or way.kernel is None)}
-        kernels: dict[str, Tensor | None] = {}
+
+        @lru_cache
+        def kernel(name: str) -> Tensor | None:
+            make = ways[name].kernel
+            return make(self, shape) if make else None
 
         def work(name: str) -> Tensor:
-            if name not in kernels:
-                kernels[name] = None if ways[name].kernel is None else ways[name].kernel(self, shape)
-            return ways[name].run(self, kernels[name], *given)
+            return ways[name].run(self, kernel(name), *given)
 
         side, stride = self.kernel_size[0], f" every {self.stride[0]}" if self.stride[0] > 1 else ""
         question = f"conv{side}x{side}{stride} {self.in_channels}-{self.out_channels} {tuple(shape[2:])} x{shape[0]} {direction}"
         name = fastest(question + ("" if frozen else " trained"), {name: partial(work, name) for name in ways}, TOLERANCE)
-        if name not in kernels:
-            work(name)
-        return ways[name], kernels[name]
+        return ways[name], kernel(name)
 
     def _settle(self) -> None:
         """Let the plain weight go once nothing reads it."""
