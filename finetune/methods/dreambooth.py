@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import Problem
-from finetune.formats import ldm
-from finetune.formats.folder import finish_diffusers_folder
+from finetune.formats import ldm, pipeline
+from finetune.formats.stream import DTYPE_NAMES
 from finetune.methods.base import Group, Loaded, Method, Strength, bytes_per_number, export_dtype
 from finetune.methods.ema import Ema
 from finetune.model.base import Base
@@ -46,6 +46,7 @@ class DreamBooth(Method):
     """The whole UNet trains; optionally the text encoder."""
 
     replaces = True
+    _save: ClassVar[dict[str, Any]] = {}  # a plan weighs the files of weights instead of writing them
 
     name = "dreambooth"
     title = "DreamBooth"
@@ -94,12 +95,8 @@ class DreamBooth(Method):
 
     def export(self, base: Base, folder: Path, metadata: dict[str, str]) -> None:
         """A diffusers pipeline folder any tool of the field opens, plus finetune.json with the metadata."""
-        with self.exported(), base.recalled():
-            pipe = base.pipeline()
-            parts = {name: _copy_in(part, export_dtype(self.settings)) for name, part in base.modules().items()}
-            pipe.register_modules(**parts)
-            pipe.save_pretrained(folder, safe_serialization=True)
-        finish_diffusers_folder(folder)
+        with self.exported():
+            pipeline.write(base.pipeline(), base.modules(), folder, DTYPE_NAMES[export_dtype(self.settings)], base.recalled, **self._save)
         write_json(folder / "finetune.json", metadata)
         if self._single:
             ldm.write(folder / f"{self.stem}.safetensors", ldm.of_folder(folder), metadata, None, ldm.original_text(base.location.path))
@@ -137,13 +134,6 @@ class DreamBooth(Method):
         base.states.clear()
         told = read_json(path / "finetune.json") if (path / "finetune.json").is_file() else {}
         return Loaded(cls.name, told.get("finetune.trigger"), path, told)
-
-
-def _copy_in(part: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A network's copy in another number format, without ever holding one in its own: each tensor's place is filled beforehand."""
-    filled = {id(value): nn.Parameter(value.detach().to(dtype), requires_grad=False) for value in part.parameters()}
-    filled |= {id(value): value.to(dtype) if value.is_floating_point() else value for value in part.buffers()}
-    return copy.deepcopy(part, filled)
 
 
 @torch.no_grad()

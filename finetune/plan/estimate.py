@@ -173,11 +173,11 @@ def _host(found: Rehearsal, settings: TrainSettings, own: int, base: Base, whole
 
     if settings.checkpoint_every and settings.steps >= settings.checkpoint_every:
         moments["checkpoint"] = beside(found.state)
-    if whole:
+    if whole:  # a network at a time is read again, and each tensor is twice there in the artifact's format
         half = 2 if settings.export_dtype == "fp16" else 4
-        back = sum(parts[name].size for name in found.freed)
-        averaged = found.trainable if found.extra else 0
-        moments["export"] = beside(back + sum(found.parts.values()) * half // 4 + averaged)
+        back = max((parts[name].size for name in found.freed), default=0)
+        largest = max(value.numel() for part in base.modules().values() for value in part.parameters())
+        moments["export"] = beside(back + 2 * half * largest + (found.trainable if found.extra else 0))
     return moments
 
 

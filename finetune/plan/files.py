@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from finetune import methods
-from finetune.formats.folder import CLIP_PARTS, TEXT_LEVEL
+from finetune.formats import stream
 from finetune.formats.header import expected_safetensors_bytes
 from finetune.model.base import Base
 from finetune.model.text import token_ids
@@ -34,10 +32,9 @@ def artifact_bytes(settings: TrainSettings, skeleton: Base, metadata: dict[str, 
         metadata: what every file of the artifact carries; its length counts.
     """
     base, method = copy_of(skeleton), methods.get(settings.METHOD)(settings.model_copy(update={"export": [], "ema_decay": 0.0} if _whole(settings) else {}))
-    weighed = _Scale()
+    weighed: list[int] = []
     if method.replaces:
-        for part in base.modules().values():
-            part.save_pretrained = functools.partial(_save_without_weights, part, weighed)
+        method._save = {"save": lambda path, entries, metadata: weighed.append(stream.expected_bytes(entries, metadata))}
     else:
         hollow(base)
     base.recall = lambda *names: []
@@ -54,13 +51,6 @@ def artifact_bytes(settings: TrainSettings, skeleton: Base, metadata: dict[str, 
     return written + sum(weighed) + sum(method.added_files(base, metadata).values() if method.replaces else ())
 
 
-class _Scale(list[int]):
-    """Sizes of files that were not written. Copies of a network lay theirs on the same scale."""
-
-    def __deepcopy__(self, memo: Any) -> _Scale:
-        return self
-
-
 def _whole(settings: TrainSettings) -> bool:
     return methods.get(settings.METHOD).replaces
 
@@ -75,20 +65,6 @@ def hollow(base: Base) -> None:
                     if value is not None:
                         one = torch.ones((), dtype=value.dtype).expand(value.shape)
                         names[leaf] = nn.Parameter(one, requires_grad=False) if isinstance(value, nn.Parameter) else one
-
-
-def _save_without_weights(part: nn.Module, weighed: list[int], folder: Any, **ignored: Any) -> None:
-    """What `save_pretrained` writes, but for the weights, whose file's size is noted."""
-    text = not hasattr(part, "save_config")  # transformers' networks; their names get the level that older versions want
-    shapes = {TEXT_LEVEL + name if text and name.startswith(CLIP_PARTS) else name: (tuple(value.shape), value.dtype)
-              for name, value in part.state_dict().items()}
-    weighed.append(file_bytes(shapes, {"format": "pt"}))
-    if not text:
-        part.save_config(folder)
-        return
-    part.config.architectures = [type(part).__name__]
-    part.config.dtype = str(next(part.parameters()).dtype).removeprefix("torch.")
-    part.config.save_pretrained(folder)
 
 
 def file_bytes(shapes: Shapes, metadata: dict[str, str] | None) -> int:
