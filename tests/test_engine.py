@@ -134,6 +134,29 @@ def test_steps_in_the_backward_pass_are_the_same_steps() -> None:
     assert inside.trouble().isnan() and inside.trouble() == 0 and all(torch.equal(one, other) for one, other in zip(before, twin.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("kind", ["AdamW", "AdamW8bit"])
+def test_states_are_made_at_the_first_gradient_and_only_for_what_it_reaches(kind: str) -> None:
+    make, more = (torch.optim.AdamW, {"fused": True}) if kind == "AdamW" else (ladder.quantizer.load("optim").AdamW8bit, {})
+    torch.manual_seed(0)
+    net = nn.ModuleList([nn.Linear(80, 80), nn.Linear(80, 80), nn.Linear(3, 3)])  # the last is never asked; large enough for 8 bits
+    twin, x = copy.deepcopy(net), torch.randn(4, 80)
+    plain, inside = make(net.parameters(), lr=1e-2, **more), InBackward([{"params": list(twin.parameters()), "lr": 1e-2}], make, **more)
+    made: list[int] = []
+    twin[1].bias.register_post_accumulate_grad_hook(lambda value: made.append(len(inside.state)))
+    for _ in range(2):
+        for network, optimizer in ((net, plain), (twin, inside)):
+            network[1](network[0](x)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert made[0] == 6 and made[1] == 4
+    theirs, mine = plain.state_dict()["state"], inside.state_dict()["state"]
+    assert theirs.keys() == mine.keys() == {0, 1, 2, 3}
+    for number, state in theirs.items():
+        assert state.keys() == mine[number].keys()
+        assert all(torch.equal(value, mine[number][key]) for key, value in state.items() if isinstance(value, torch.Tensor))
+    assert all(torch.equal(one, other) for one, other in zip(net.parameters(), twin.parameters(), strict=True))
+
+
 def test_stepping_in_the_backward_pass_needs_settings_that_allow_it() -> None:
     with pytest.raises(Problem, match="--step-in-backward needs --clip-norm 0"):
         LORA(step_in_backward=True)

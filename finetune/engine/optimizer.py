@@ -43,7 +43,9 @@ class InBackward:
 
     The same steps as afterwards, to the bit; only a norm over all gradients cannot be had any more (Lv et al. 2023,
     2306.09782, train this way with SGD). One small optimizer for each tensor writes into one common state, so that state_dict
-    and load_state_dict are those of the plain optimizer and a checkpoint of either continues as the other.
+    and load_state_dict are those of the plain optimizer and a checkpoint of either continues as the other. The states are made
+    all at once when the first gradient comes: made one by one they would settle where activations were, and those of the next
+    step would need new room (1.0 GB more with the UNet of Stable Diffusion 1.5).
 
     Args:
         groups: as any torch optimizer takes them. make: class of the optimizer. more: its other arguments.
@@ -53,6 +55,7 @@ class InBackward:
         self._whole = make(groups, **more)
         self._own: dict[Tensor, Any] = {}
         self._good: Tensor | None = None
+        self._unreached: set[Tensor] = set()
         self._step_supports_amp_scaling = bool(getattr(self._whole, "_step_supports_amp_scaling", False))  # whether a look can wait
         for place, group in enumerate(self._whole.param_groups):
             rest = {key: value for key, value in group.items() if key != "params"}
@@ -67,6 +70,9 @@ class InBackward:
 
     def _hook(self, place: int) -> Any:
         def hook(value: Tensor) -> None:
+            if not self._whole.state:
+                self._make_states()
+            self._unreached.discard(value)
             good, own = torch.isfinite(value.grad).all(), self._own[value]
             own.param_groups[0]["lr"] = self._whole.param_groups[place]["lr"]
             if getattr(own, "_step_supports_amp_scaling", False):  # torch's own: left out on the device, without waiting for it
@@ -78,6 +84,16 @@ class InBackward:
             value.grad = None
 
         return hook
+
+    def _make_states(self) -> None:
+        """As the optimizers make them at their first step."""
+        for value, own in self._own.items():
+            if isinstance(own, torch.optim.AdamW):
+                step = torch.zeros((), dtype=torch.float32, device=value.device)
+                own.state[value] = {"step": step, "exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
+            elif hasattr(own, "init_state"):  # bitsandbytes
+                own.init_state(own.param_groups[0], value, 0, 0)
+        self._unreached = set(self._whole.state)
 
     def trouble(self) -> Tensor:
         """0 when every gradient since the last call was finite, else nan. Tensors whose gradient was not are as they were."""
@@ -94,7 +110,10 @@ class InBackward:
         return self._whole.state
 
     def step(self) -> None:
-        """Nothing is left to do after the backward pass."""
+        """Nothing is left to do after the backward pass, but for tensors that no gradient came to: they have no state."""
+        for value in self._unreached:
+            del self._whole.state[value]
+        self._unreached = set()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Every gradient is gone already."""
