@@ -1,4 +1,6 @@
-"""Plan against reality: the peak `finetune plan` predicts, and the peak a run reached.
+"""Plan against reality: the peak and the seconds per step `finetune plan` predicts, and those of a run.
+
+On a CPU, with one thread: the run's seconds are of the processor, so that other work beside does not count.
 
     python benchmarks/plan.py --sizes tiny,small
     python benchmarks/plan.py --sizes sd15 --methods lora --resolutions 256 --rungs fast,low
@@ -23,14 +25,14 @@ def main() -> None:
     found.add_argument("--sizes", default="tiny,small", help="widths of random bases, split by commas; not with --model")
     found.add_argument("--methods", default="lora,textual-inversion,hypernetwork,dreambooth", help="split by commas")
     found.add_argument("--rungs", default="fast,low", help="split by commas")
-    found.add_argument("--steps", type=int, default=2, help="steps of a run")
+    found.add_argument("--steps", type=int, default=4, help="steps of a run; the first is not counted in the time")
     options = found.parse_args()
     results = {}
     for options.size in [options.size] if options.model else options.sizes.split(","):
         for method in options.methods.split(","):
             for rung in options.rungs.split(","):
                 results[f"{options.model or options.size} {method} {rung}"] = compare(method, rung, options)
-    common.show("Peak memory in GB, planned and measured", ("base, method, rung", "planned", "measured", "planned / measured"),
+    common.show("Peak memory in GB and seconds per step, planned and measured", ("base, method, rung", "GB", "was", "ratio", "s/step", "was", "ratio"),
                 [row(name, one) for name, one in results.items()])
     common.write({"runs": results}, options.json)
 
@@ -41,16 +43,19 @@ def compare(method: str, rung: str, options: Any) -> dict[str, Any]:
     run = steps.of_child(method, values)
     if "refused" in run:
         return run
-    planned = predicted(method, values)
-    return {"planned_bytes": planned, "measured_bytes": run["end_peak"], "ratio": planned / run["end_peak"]}
+    planned, seconds = predicted(method, values)
+    took = common.spread([step[common.clock()] for step in run["steps"]])["median"]
+    return {"planned_bytes": planned, "measured_bytes": run["end_peak"], "ratio": planned / run["end_peak"],
+            "planned_seconds": seconds, "measured_seconds": took, "ratio_seconds": seconds / took}
 
 
-def predicted(method: str, values: dict[str, Any]) -> int:
-    """What finetune's plan says of the run, in bytes: of the GPU where there is one."""
+def predicted(method: str, values: dict[str, Any]) -> tuple[int, float]:
+    """What finetune's plan says of the run: bytes, of the GPU where there is one, and seconds per step."""
     from finetune import methods
     from finetune.model.base import pick_device
     from finetune.model.families import family_of
     from finetune.plan.estimate import predict
+    from finetune.plan.pace import Pace, step_seconds
     from finetune.plan.skeleton import skeleton
     from finetune.settings.resolve import resolve
     from finetune.engine import apply
@@ -58,14 +63,17 @@ def predicted(method: str, values: dict[str, Any]) -> int:
     kind = methods.get(method)
     settings = resolve(kind.Settings, {**steps.PLAIN, **values}, family_of=family_of)
     device = pick_device("auto").type
-    return predict(apply(settings, settings.memory, kind.replaces), skeleton(settings.model), device=device).peak
+    base = skeleton(settings.model)
+    found = predict(apply(settings, settings.memory, kind.replaces), base, device=device, record=True)
+    return found.peak, step_seconds(Pace(), found.rehearsal, settings, base)[0]
 
 
 def row(name: str, one: dict[str, Any]) -> tuple[str, ...]:
     """A line of the table."""
     if "refused" in one:
-        return (name, "refused", "", "")
-    return (name, common.gigabytes(one["planned_bytes"]), common.gigabytes(one["measured_bytes"]), f"{one['ratio']:.2f}")
+        return (name, "refused")
+    return (name, common.gigabytes(one["planned_bytes"]), common.gigabytes(one["measured_bytes"]), f"{one['ratio']:.2f}",
+            f"{one['planned_seconds']:.2f}", f"{one['measured_seconds']:.2f}", f"{one['ratio_seconds']:.2f}")
 
 
 if __name__ == "__main__":

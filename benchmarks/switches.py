@@ -36,7 +36,7 @@ SWITCHES = (
     Switch("lean", "lora", {"lean": True}, {"lean": False}),
     Switch("pack", "lora", {"pack": "on"}, {"pack": "off"}),
     Switch("channels_last", "lora", {"channels_last": True, "pack": "off"}, {"channels_last": False, "pack": "off"}),
-    Switch("keep_pages", "dreambooth", {"keep_pages": True}, {"keep_pages": False}),
+    Switch("freed_memory", "dreambooth", {"freed_memory": "keep"}, {"freed_memory": "library"}),
     Switch("step_in_backward", "dreambooth", {"step_in_backward": True, **IN_BACKWARD}, {"step_in_backward": False, **IN_BACKWARD}),
     Switch("adamw8bit", "dreambooth", {"optimizer": "adamw8bit"}, {"optimizer": "adamw"}),
     Switch("checkpointing", "lora", {"gradient_checkpointing": True}, {"gradient_checkpointing": False}),

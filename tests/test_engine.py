@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 
 from finetune.engine import attention, convolutions, frozen, ladder, table
 from finetune.engine.optimizer import InBackward
-from finetune.engine.pages import keep_pages
+from finetune.engine.pages import freed_memory, set_pages
 from finetune.errors import Problem
 from finetune.methods import get
 
@@ -165,8 +167,31 @@ def test_stepping_in_the_backward_pass_needs_settings_that_allow_it() -> None:
     assert LORA(step_in_backward=True, clip_norm=0).step_in_backward
 
 
-def test_pages_are_kept_on_linux() -> None:
-    assert keep_pages() is (__import__("sys").platform == "linux")
+def test_freed_memory_is_kept_or_returned_where_it_pays() -> None:
+    assert [freed_memory(DREAMBOOTH(memory=rung), True) for rung in ("fast", "low", "lowest")] == ["keep", "return", "return"]
+    assert freed_memory(DREAMBOOTH(memory="fast", step_in_backward=True, clip_norm=0), True) == "return"
+    assert freed_memory(LORA(memory="fast"), False) == "library" and freed_memory(LORA(memory="low", freed_memory="keep"), False) == "keep"
+
+
+LARGE_PIECES = """
+import sys, resource
+from finetune.engine.pages import set_pages
+told = set_pages(sys.argv[1])
+import numpy
+def megabytes(): return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+before, held = megabytes(), []
+for _ in range(40):  # two megabytes each, every other one freed: holes
+    held += [numpy.ones(2**18), numpy.ones(2**18)]
+del held[::2]
+print(told, round(megabytes() - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+@pytest.mark.parametrize(("mode", "told", "megabytes"), [("return", "True", 80), ("keep", "True", 160)])
+def test_pages_go_back_at_once_or_stay(mode: str, told: str, megabytes: int) -> None:
+    out = subprocess.run([sys.executable, "-c", LARGE_PIECES, mode], capture_output=True, text=True, check=True).stdout.split()
+    assert out[0] == told and abs(int(out[1]) - megabytes) < 30
 
 
 # -- kernels ------------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def run(folder: Path, method: str, model: Path, pictures: Path, **more: Any) -> 
     return metrics, digest.hexdigest()
 
 
-SAME = [("lora", {"lean": False}), ("lora", {"free_encoders": False}), ("lora", {"keep_pages": False}), ("lora", {"gradient_checkpointing": True}),
+SAME = [("lora", {"lean": False}), ("lora", {"free_encoders": False}), ("lora", {"freed_memory": "return"}), ("lora", {"gradient_checkpointing": True}),
         ("lora", {"preview_every": 2}), ("dreambooth", {"free_encoders": False}), ("dreambooth", {"preview_every": 2}),
         ("textual-inversion", {"free_encoders": False}), ("hypernetwork", {"lean": False}), ("dreambooth", {"attention": "sdpa", "lean": False})]
 

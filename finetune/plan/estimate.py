@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from finetune import engine, methods
+from finetune.engine.pages import LARGEST_PIECE, PIECE
 from finetune.formats.header import Header, read_header
 from finetune.model.base import Base
 from finetune.model.families import Location
@@ -18,7 +19,6 @@ from finetune.plan import process as processes
 from finetune.plan.rehearsal import Rehearsal, rehearse
 from finetune.settings import TrainSettings
 
-LARGEST_PIECE = 2**25  # bytes: glibc's largest threshold for memory of its own (DEFAULT_MMAP_THRESHOLD_MAX)
 HEADROOM = 1.15  # predictions were low by up to 13 %, see docs/plan.md
 REUSED = 0.5  # share of freed memory that what comes later finds a place in; measured, see docs/plan.md
 
@@ -162,7 +162,8 @@ def _host(found: Rehearsal, settings: TrainSettings, own: int, base: Base, whole
     gone = parts["vae"].size if "vae" in found.freed else 0
     moments["reading the UNet"] = now - gone + unet.size + unet.beside
     pieces = found.moments["encoding"] - sum(found.parts.values())
-    pieces += sum(_in_pieces(base.modules()[name]) for name in found.freed if name != "vae" and not parts[name].mapped)
+    piece = PIECE if engine.freed_memory(settings, whole) == "return" else LARGEST_PIECE
+    pieces += sum(_in_pieces(base.modules()[name], piece) for name in found.freed if name != "vae" and not parts[name].mapped)
     resident = own + pieces + found.moments["step"]
     moments["training"] = resident
     alive = own + found.held + found.state
@@ -181,10 +182,10 @@ def _host(found: Rehearsal, settings: TrainSettings, own: int, base: Base, whole
     return moments
 
 
-def _in_pieces(part: Any) -> int:
+def _in_pieces(part: Any, largest: int) -> int:
     """Bytes of a network's tensors that the C library takes from its heap; larger ones go back to the system when they are freed."""
     sizes = [value.numel() * value.element_size() for value in part.parameters()]
-    return sum(size for size in sizes if size <= LARGEST_PIECE)
+    return sum(size for size in sizes if size <= largest)
 
 
 def choose(settings: TrainSettings) -> str:

@@ -81,7 +81,9 @@ class TrainSettings(RunSettings):
     free_encoders: bool = setting(True, "text encoder and VAE leave memory once what is needed of them is computed", group="memory")
     latent_cache: Literal["memory", "disk"] = setting(
         "memory", "where encoded pictures are kept: for this run, or on disk for later runs too", group="memory")
-    keep_pages: bool = setting(True, "where the whole UNet trains, freed memory stays with the process, so that no step asks for it again (Linux)", group="speed")
+    freed_memory: Literal["auto", "keep", "return", "library"] = setting(
+        "auto", "freed memory on a CPU under Linux: kept for the next step, returned to the system, or as the C library likes "
+        "[auto: return where --memory or --step-in-backward save it, else keep where the whole UNet trains]", group="memory")
     lean: bool = setting(True, "adapters as two plain products, without their wrapper's checks; the same numbers", group="speed")
     pack: Literal["auto", "on", "off"] = setting(
         "auto", "convolutions in the fastest of several ways, on a CPU in fp32 [auto: large bases; each shape is measured once]", group="speed")

@@ -21,7 +21,7 @@ from finetune.training.loop import State
 # Settings that change what is computed; a checkpoint made under others cannot be continued exactly.
 HARMLESS = {"steps", "output", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "log_every", "validate_every",
             "preview_every", "preview_prompt", "export_dtype", "device", "stop", "stop_window", "stop_threshold", "export_every", "keep",
-            "judge", "clip", "encoder", "export", "push_to_hub", "memory", "memory_limit", "free_encoders", "latent_cache", "keep_pages", "lean", "step_in_backward",
+            "judge", "clip", "encoder", "export", "push_to_hub", "memory", "memory_limit", "free_encoders", "latent_cache", "freed_memory", "lean", "step_in_backward",
             "gradient_checkpointing", "resume_anyway", "on_nonfinite", "skip_at_most"}
 FILES = ("trained.safetensors", "optimizer.safetensors")
 # What a checkpoint's tensors mean nothing without.

@@ -63,6 +63,9 @@ def _run(given: TrainSettings, method: Method, accelerator: Accelerator, device:
     folder, writes = given.output, accelerator.is_main_process
     settings, notes = processes.shared(accelerator, lambda: memory.settled(given, method, device))
     method.settings = settings
+    pages = engine.freed_memory(settings, method.replaces) if device.type == "cpu" else "library"
+    if pages == "return":
+        engine.set_pages(pages)
     intake = data.intake(settings)
     base = load(settings.model, accelerator.device, unet_dtype=None if method.replaces else engine.weights_dtype(settings),
                 unet_later=settings.free_encoders)
@@ -97,8 +100,8 @@ def _run(given: TrainSettings, method: Method, accelerator: Accelerator, device:
         if writes:
             space.check(folder, settings, method, base, state, len(intake.pictures))
         _encode_prompts(settings, method, base, source)
-        if settings.keep_pages and method.replaces and device.type == "cpu":  # gradients as large as the model; elsewhere it costs more than it saves
-            engine.keep_pages()
+        if pages == "keep":  # not before: what loading leaves would stay as well
+            engine.set_pages(pages)
         ending = _steps(folder, settings, method, base, source, accelerator, state, console, facts, asked)
         if writes:
             artifacts.export(folder, settings, method, base, len(intake.pictures), state.step)
