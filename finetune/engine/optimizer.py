@@ -45,7 +45,7 @@ class InBackward:
     2306.09782, train this way with SGD). One small optimizer for each tensor writes into one common state, so that state_dict
     and load_state_dict are those of the plain optimizer and a checkpoint of either continues as the other. The states are made
     all at once when the first gradient comes: made one by one they would settle where activations were, and those of the next
-    step would need new room (1.0 GB more with the UNet of Stable Diffusion 1.5).
+    step would need new room (1.0 GB more for 8-bit states of Stable Diffusion 1.5's UNet).
 
     Args:
         groups: as any torch optimizer takes them. make: class of the optimizer. more: its other arguments.

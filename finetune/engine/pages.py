@@ -21,7 +21,7 @@ def freed_memory(settings: TrainSettings, whole: bool) -> str:
     """What `--freed-memory auto` means for a run: a key of MODES.
 
     Keep: a full fine-tuning step of SD 1.5 frees and asks again for 3.4 GB of gradients: a million page faults, a third of its
-    time. Return: where memory is short. A heap that is never given back grows by holes: 2.5 GB in eight steps of full
+    time. Return: where memory is short. A heap that is never given back grows by holes: 2.5 GB in four steps of full
     training with the optimizer in the backward pass.
 
     Args:

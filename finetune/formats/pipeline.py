@@ -14,16 +14,18 @@ from torch import nn
 from finetune.formats import stream
 from finetune.formats.folder import CLIP_PARTS, TEXT_LEVEL, finish_diffusers_folder
 
+save_weights = partial(stream.save, check=False)  # whoever exports reads all files back
+
 
 def write(pipe: Any, parts: Mapping[str, nn.Module], folder: Path, dtype: str, awake: Callable[[str], contextlib.AbstractContextManager[None]],
-          save: Callable[..., None] = partial(stream.save, check=False)) -> None:
+          save: Callable[..., None] = save_weights) -> None:
     """What `pipe.save_pretrained` writes, with numbers in another format, and readable for older transformers as well.
 
     Args:
         pipe: a diffusers pipeline. parts: its networks by name.
         dtype: number format of the weights, as safetensors spells it.
         awake: has a network's weights in memory while its context lasts; they may be elsewhere before and after.
-        save: writes a file of weights (path, entries, metadata). The caller reads all of them back.
+        save: writes a file of weights (path, entries, metadata).
     """
     try:
         for name, part in parts.items():

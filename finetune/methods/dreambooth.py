@@ -46,7 +46,7 @@ class DreamBooth(Method):
     """The whole UNet trains; optionally the text encoder."""
 
     replaces = True
-    _save: ClassVar[dict[str, Any]] = {}  # a plan weighs the files of weights instead of writing them
+    save_weights = staticmethod(pipeline.save_weights)  # a plan weighs the files instead of writing them
 
     name = "dreambooth"
     title = "DreamBooth"
@@ -96,7 +96,7 @@ class DreamBooth(Method):
     def export(self, base: Base, folder: Path, metadata: dict[str, str]) -> None:
         """A diffusers pipeline folder any tool of the field opens, plus finetune.json with the metadata."""
         with self.exported():
-            pipeline.write(base.pipeline(), base.modules(), folder, DTYPE_NAMES[export_dtype(self.settings)], base.recalled, **self._save)
+            pipeline.write(base.pipeline(), base.modules(), folder, DTYPE_NAMES[export_dtype(self.settings)], base.recalled, self.save_weights)
         write_json(folder / "finetune.json", metadata)
         if self._single:
             ldm.write(folder / f"{self.stem}.safetensors", ldm.of_folder(folder), metadata, None, ldm.original_text(base.location.path))

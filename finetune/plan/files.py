@@ -34,7 +34,7 @@ def artifact_bytes(settings: TrainSettings, skeleton: Base, metadata: dict[str, 
     base, method = copy_of(skeleton), methods.get(settings.METHOD)(settings.model_copy(update={"export": [], "ema_decay": 0.0} if _whole(settings) else {}))
     weighed: list[int] = []
     if method.replaces:
-        method._save = {"save": lambda path, entries, metadata: weighed.append(stream.expected_bytes(entries, metadata))}
+        method.save_weights = lambda path, entries, metadata: weighed.append(stream.expected_bytes(entries, metadata))
     else:
         hollow(base)
     base.recall = lambda *names: []
