@@ -249,6 +249,21 @@ def test_a_frozen_weight_is_let_go_when_no_direction_reads_it(monkeypatch: pytes
         assert net[0].weight.is_meta is let_go
 
 
+def test_a_weight_inside_an_adapter_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DoRA takes the norm of the weight at every step."""
+    import peft
+
+    take("packed", monkeypatch)
+    net, x = convolution()
+    right = net(x).detach()
+    wrapped = peft.inject_adapter_in_model(peft.LoraConfig(r=2, use_dora=True, target_modules=["0"]), net)
+    convolutions.quicken(wrapped)
+    for _ in range(2):
+        found = wrapped(x)
+        found.sum().backward()
+    torch.testing.assert_close(found.detach(), right, rtol=1e-4, atol=1e-4)
+
+
 def test_directions_are_chosen_when_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = take("columns", monkeypatch)
     net, x = convolution(stride=2)

@@ -49,8 +49,10 @@ class Way(NamedTuple):
 def quicken(unet: nn.Module) -> int:
     """Let every large convolution choose its ways at its first picture; returns how many will.
 
-    A frozen layer's plain weight is let go (meta) once neither direction reads it: nothing else of a frozen layer does.
+    A frozen layer's plain weight is let go (meta) once neither direction reads it, unless an adapter stands around the layer:
+    some read the weight themselves (DoRA its norm).
     """
+    wrapped = {id(layer.base_layer) for layer in unet.modules() if hasattr(layer, "base_layer")}
     count = 0
     for layer in unet.modules():
         if (type(layer) is nn.Conv2d and layer.dilation == (1, 1) and layer.groups == 1 and layer.padding_mode == "zeros"
@@ -58,7 +60,7 @@ def quicken(unet: nn.Module) -> int:
                 and min(layer.in_channels, layer.out_channels) >= LEAST_CHANNELS
                 and layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu"):
             layer.__class__ = ChoosingConv2d  # still a Conv2d to everybody else
-            layer.chosen = {}
+            layer.chosen, layer.wrapped = {}, id(layer) in wrapped
             count += 1
     return count
 
@@ -67,6 +69,7 @@ class ChoosingConv2d(nn.Conv2d):
     """A convolution that measures its ways when it first sees a picture, forward and backward each."""
 
     chosen: dict[str, tuple[Way, Tensor | None]]
+    wrapped: bool
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
@@ -105,7 +108,7 @@ class ChoosingConv2d(nn.Conv2d):
 
     def _settle(self) -> None:
         """Let the plain weight go once nothing reads it."""
-        if not self.weight.requires_grad and {"ahead", "back"} <= self.chosen.keys() and all(kernel is not None for _, kernel in self.chosen.values()):
+        if not self.wrapped and not self.weight.requires_grad and {"ahead", "back"} <= self.chosen.keys() and all(kernel is not None for _, kernel in self.chosen.values()):
             self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
 
 
