@@ -171,7 +171,7 @@ def test_resize_by_rank_and_by_energy(tmp_path, base_weights, capsys):
         error = (small.delta() - module.delta()).double().square().sum().item()
         assert small.rank == 2 and error == pytest.approx(values[2:].sum(), rel=1e-4)
     worst = min(shares, key=lambda name: shares[name][1])
-    assert f"rank 6 to 2" in said and f"largest loss: {worst} keeps {shares[worst][1]:.2%}" in said
+    assert "rank 6 to 2" in said and f"largest loss: {worst} keeps {shares[worst][1]:.2%}" in said
     assert run(["resize", f"{tmp_path}/a.safetensors", "--energy", "0.8", "--output", f"{tmp_path}/most.safetensors"]) == 0
     needed = max(int((share < 0.8).sum()) + 1 for share in shares.values())
     assert {module.rank for module in lora.read(tmp_path / "most.safetensors")[0].values()} == {needed}

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from finetune.engine import attention, convolutions, frozen, ladder, table
 from finetune.engine.optimizer import InBackward
-from finetune.engine.pages import freed_memory, set_pages
+from finetune.engine.pages import freed_memory
 from finetune.errors import Problem
 from finetune.methods import get
 
