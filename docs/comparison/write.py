@@ -1,4 +1,4 @@
-"""Numbers, plots, pictures and text of docs/comparison.md from finished studies; see run.py. Nothing here trains.
+"""Numbers and text of docs/comparison.md from finished studies; see run.py. Nothing here trains.
 
 results.json keeps what the text says, so that the page can be written again where the pictures are no longer there.
 """
@@ -9,21 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from drawings import amounts, dots, sheets
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-matplotlib.use("Agg")
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined  # noqa: E402
-from matplotlib import font_manager  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-
-from finetune.evaluation import study  # noqa: E402
-from finetune.report import words  # noqa: E402
+from finetune.evaluation import study
+from finetune.report import words
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent
-SIDE, LEFT, TOP = 96, 128, 36
 COSTS = {"training_seconds": words.seconds, "training_cpu_seconds": words.seconds, "seconds_per_step": words.seconds, "peak_memory_bytes": words.size,
          "trainable_parameters": words.count, "artifact_bytes": words.size}
 
@@ -81,6 +74,7 @@ class Results:
         bounds = self.subjects(study) > 2
         found = [row for row in self.studies[study]["rows"] if rows is None or row["row"] in rows]
         keys = [key for key in keys if any(key in row["scores"] or key in row.get("costs", {}) for row in found)]
+        found = [row for row in found if any(key in row["scores"] or key in row.get("costs", {}) for key in keys)]
         lines = ["| | " + " | ".join(self.heading(study, key) for key in keys) + " |", "|---|" + "---:|" * len(keys)]
         lines += [f"| {row['title']} | " + " | ".join(self.text(study, row["row"], key, bounds) for key in keys) + " |" for row in found]
         return "\n".join(lines)
@@ -164,51 +158,6 @@ class Results:
         return words.NOTHING
 
 
-def dots(results: Results, study: str, keys: list[str], target: Path) -> None:
-    """One panel a score: each row's mean and interval, and a faint point for each cell."""
-    rows = [row for row in results.studies[study]["rows"] if row["row"] not in ("real", "oracle")]
-    keys = [key for key in keys if any(key in row["scores"] for row in rows)]
-    figure = Figure(figsize=(2.7 * len(keys) + 1.8, 0.42 * len(rows) + 1.0), layout="constrained")
-    panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
-    for panel, key in zip(panels, keys, strict=True):
-        for place, row in enumerate(rows):
-            found = row["scores"].get(key)
-            if not found:
-                continue
-            points = [cell[key] for cell in row.get("cells", {}).values() if cell.get(key) is not None]
-            panel.plot(points, [place] * len(points), "o", color="#0072B2", alpha=0.18, markersize=3.5, markeredgewidth=0)
-            if found["low"] is not None:
-                panel.plot([found["low"], found["high"]], [place, place], color="#2b2a28", linewidth=1.6)
-            panel.plot(found["mean"], place, "D", color="#2b2a28", markersize=5)
-        panel.set_title(results.heading(study, key), fontsize=10)
-        panel.grid(axis="x", color="#dedad2", linewidth=0.6)
-        panel.spines[["top", "right", "left"]].set_visible(False)
-    panels[0].set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=9)
-    panels[0].invert_yaxis()
-    figure.savefig(target, dpi=110)
-
-
-def sheet(folder: Path, target: Path, rows: list[str], place: int = 0) -> None:
-    """One line a subject: a training picture, then each row's picture of the same prompt and seed."""
-    info = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    first = {cell["subject"]: cell for cell in reversed(info["cells"])}
-    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 11)
-    titles = {row["row"]: row["title"] for row in info["rows"]} | {"base": "Untouched base"}
-    canvas = Image.new("RGB", (LEFT + (len(rows) + 1) * (SIDE + 4), TOP + len(first) * (SIDE + 4)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for across, title in enumerate(["a training picture", *(titles[row] for row in rows)]):
-        pen.multiline_text((LEFT + across * (SIDE + 4) + 2, 4), title.replace(" (", "\n(").replace("Textual ", "Textual\n"), fill="black", font=font)
-    for down, (subject, cell) in enumerate(sorted(first.items())):
-        home = Path(cell["folder"]) if Path(cell["folder"]).is_absolute() else folder / cell["folder"]
-        own = json.loads((home / "comparison.json").read_text(encoding="utf-8"))
-        pen.text((6, TOP + down * (SIDE + 4) + SIDE // 2 - 6), subject.replace("-", " "), fill="black", font=font)
-        files = [Path(own["instance_files"][0]), *(home / row / "images" / f"subject-{place:02d}-0.png" for row in rows)]
-        for across, file in enumerate(files):
-            picture = Image.open(file).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-            canvas.paste(picture, (LEFT + across * (SIDE + 4), TOP + down * (SIDE + 4)))
-    canvas.save(target, optimize=True)
-
-
 def write(work: Path, names: list[str]) -> None:
     """results.json, the plots, the sheet of pictures and docs/comparison.md."""
     kept = HERE / "results.json"
@@ -221,9 +170,8 @@ def write(work: Path, names: list[str]) -> None:
     results, images = Results(studies), DOCS / "images"
     if results.has("main"):
         dots(results, "main", ["oracle", "dino", "clip_t", "scene", "leak", "other_drift"], images / "comparison-main.png")
-        if (work / "main" / "comparison.json").is_file():
-            rows = ["base", *(row["row"] for row in studies["main"]["rows"] if row["row"] not in ("base", "real", "oracle"))]
-            sheet(work / "main", images / "comparison-subjects.png", rows, place=1)
+    amounts(results, images / "comparison-amounts.png")
+    sheets(work, [name for name in studies if (work / name / "comparison.json").is_file()], images)
     environment = Environment(loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("template.md").render(r=results, words=words)
     (DOCS / "comparison.md").write_text(page, encoding="utf-8")
