@@ -34,8 +34,8 @@ def zero_terminal_snr(share: Tensor) -> Tensor:
 
 
 def _columns(schedule: Tensor, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(alpha-bar) and sqrt(1 - alpha-bar) at `timesteps`, shaped (B, 1, 1, 1)."""
-    share = schedule.to(like.device, torch.float32)[timesteps.to(like.device)].view(-1, *([1] * (like.ndim - 1)))
+    """sqrt(alpha-bar) and sqrt(1 - alpha-bar) at `timesteps`, shaped (B, 1, 1, 1). Read where the schedule lies: a GPU is not waited for."""
+    share = schedule[timesteps.to(schedule.device)].to(like.device, torch.float32, non_blocking=True).view(-1, *([1] * (like.ndim - 1)))
     return share.sqrt().to(like.dtype), (1.0 - share).sqrt().to(like.dtype)
 
 
@@ -57,7 +57,7 @@ def target(latents: Tensor, noise: Tensor, timesteps: Tensor, schedule: Tensor, 
 
 def snr(timesteps: Tensor, schedule: Tensor) -> Tensor:
     """Signal-to-noise ratio a / (1 - a) per row, shape (B,)."""
-    share = schedule[timesteps.cpu()].double()
+    share = schedule[timesteps.to(schedule.device)].double()
     return (share / (1.0 - share)).float()
 
 

@@ -68,13 +68,13 @@ class Latents:
             mean, std = self.moments(row)
             noise = draws.normal(tuple(mean.shape), seed, stream, row.kind, row.index)
             found.append((mean + std * noise - self.shift) * self.scale)
-        return torch.stack(found).to(self.device)
+        return torch.stack(found).to(self.device, non_blocking=True)
 
     def fixed(self, picture: int) -> Tensor:
         """Scaled posterior mean (C, h, w) of a picture, unflipped, centre crop unless the settings squeeze it: for validation."""
         row = Row(picture, False, (0.5, 0.5), "", 1.0, "instance", 0)
         mean, _ = self._encode(row) if self.settings.crop == "random" else self.moments(row)
-        return ((mean - self.shift) * self.scale).to(self.device)
+        return ((mean - self.shift) * self.scale).to(self.device, non_blocking=True)
 
     def moments(self, row: Row) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation (C, h, w) of a row's picture, from the cache where there is one."""

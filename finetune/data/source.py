@@ -105,7 +105,7 @@ class Source:
     def _micro_batch(self, rows: list[Row], latents: Tensor, keys: list[tuple[str, int]]) -> MicroBatch:
         return MicroBatch(
             latents=latents, captions=[row.caption for row in rows],
-            weights=torch.tensor([row.weight for row in rows], dtype=torch.float32, device=self.device),
+            weights=torch.tensor([row.weight for row in rows], dtype=torch.float32).to(self.device, non_blocking=True),
             instances=sum(row.kind == "instance" for row in rows),
             names=[self.pictures[row.kind][row.picture].file for row in rows], keys=keys)
 

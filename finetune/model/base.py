@@ -95,17 +95,17 @@ class Base:
         and target size, here the same size twice and no crop.
 
         Args:
-            noisy: (B, 4, H, W). timesteps: (B,) or a scalar.
+            noisy: (B, 4, H, W). timesteps: (B,) or a scalar, on any device.
             size: side or (height, width) in pixels; None takes that of the latents.
             extra: (B, C, H, W), channels after the latents: mask and masked latents for inpainting (5), a depth map (1).
         """
         check_width(self, cond.states.shape[-1])
-        found = {"sample": noisy if extra is None else torch.cat([noisy, extra.to(noisy)], dim=1), "timestep": timesteps,
-                 "encoder_hidden_states": cond.states}
+        found = {"sample": noisy if extra is None else torch.cat([noisy, extra.to(noisy)], dim=1),
+                 "timestep": timesteps.to(noisy.device, non_blocking=True), "encoder_hidden_states": cond.states}
         if cond.pooled is not None:
             scale = self.pixels_per_latent
             height, width = (size, size) if isinstance(size, int) else size or (scale * noisy.shape[-2], scale * noisy.shape[-1])
-            ids = torch.tensor([[height, width, 0, 0, height, width]], device=noisy.device, dtype=cond.pooled.dtype)
+            ids = torch.tensor([[height, width, 0, 0, height, width]]).to(noisy.device, cond.pooled.dtype, non_blocking=True)
             found["added_cond_kwargs"] = {"text_embeds": cond.pooled, "time_ids": ids.expand(len(noisy), -1)}
         return found
 

@@ -131,8 +131,8 @@ def encode(base: Base, prompts: list[str]) -> Cond:
     """
     base.recall(*(name for name, _, _ in base.encoders()))
     if base.text_encoder_2 is None:
-        return Cond(base.text_encoder(token_ids(base, prompts).to(base.device))[0])
-    found = [encoder(token_ids(base, prompts, tokenizer).to(base.device), output_hidden_states=True) for _, encoder, tokenizer in base.encoders()]
+        return Cond(base.text_encoder(token_ids(base, prompts).to(base.device, non_blocking=True))[0])
+    found = [encoder(token_ids(base, prompts, tokenizer).to(base.device, non_blocking=True), output_hidden_states=True) for _, encoder, tokenizer in base.encoders()]
     return Cond(torch.cat([states.hidden_states[-2] for states in found], dim=-1), found[-1].text_embeds)
 
 

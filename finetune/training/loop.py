@@ -139,15 +139,18 @@ def _looks(step: int, settings: Any) -> bool:
 
 
 def loss_of(base: Base, method: Method, batch: Any, settings: Any) -> Tensor:
-    """The loss of one micro-batch, in the order of the paper (Ho et al. 2020, algorithm 1), as a scalar."""
+    """The loss of one micro-batch, in the order of the paper (Ho et al. 2020, algorithm 1), as a scalar.
+
+    What was drawn on the CPU is sent without waiting for the device, which may be steps behind.
+    """
     latents = batch.latents  # (B, C, H, W)
-    noise = noise_of(batch, settings.seed).to(latents)
-    timesteps = timesteps_of(batch, settings.seed, len(base.schedule)).to(latents.device)  # (B,)
+    noise = noise_of(batch, settings.seed).to(latents, non_blocking=True)
+    timesteps = timesteps_of(batch, settings.seed, len(base.schedule))  # (B,), on the CPU
     noisy = diffusion.add_noise(latents, noise, timesteps, base.schedule)
     cond = method.condition(base, batch.captions)
     pred = method.denoise(base, noisy, timesteps, cond)
     wanted = diffusion.target(latents, noise, timesteps, base.schedule, base.prediction)
-    weights = batch.weights * diffusion.min_snr_weights(timesteps, base.schedule, settings.snr_gamma, base.prediction).to(batch.weights)
+    weights = batch.weights * diffusion.min_snr_weights(timesteps, base.schedule, settings.snr_gamma, base.prediction).to(batch.weights, non_blocking=True)
     loss = diffusion.weighted_loss(pred, wanted, weights, batch.instances)
     extra = method.regularizer(base, noisy, timesteps, batch.instances)
     return loss if extra is None else loss + extra
@@ -171,8 +174,8 @@ def validation_loss(base: Base, method: Method, source: Source, settings: Any) -
     total, rows = 0.0, 0
     with at_rest(base, method), engine.autocast(settings, base.device):
         for batch in source.validation():
-            noise = noise_of(batch, settings.seed).to(batch.latents)
-            timesteps = timesteps_of(batch, settings.seed, len(base.schedule)).to(batch.latents.device)
+            noise = noise_of(batch, settings.seed).to(batch.latents, non_blocking=True)
+            timesteps = timesteps_of(batch, settings.seed, len(base.schedule))
             noisy = diffusion.add_noise(batch.latents, noise, timesteps, base.schedule)
             pred = method.denoise(base, noisy, timesteps, method.condition(base, batch.captions))
             wanted = diffusion.target(batch.latents, noise, timesteps, base.schedule, base.prediction)

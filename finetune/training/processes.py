@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, patch_environment
 from rich.console import Console
 
 from finetune import engine
@@ -29,9 +29,14 @@ def start(settings: TrainSettings, device: torch.device) -> Accelerator:
     Raises:
         Problem: settings that several processes cannot share.
     """
-    AcceleratorState._reset_state()  # a process may train several times, in several precisions
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    AcceleratorState._reset_state(reset_partial_state=alone)  # a process may train several times, in several precisions
+    if alone and device.type == "cuda":
+        torch.cuda.set_device(device)
     precision = engine.possible(settings, device)[0].precision
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=device.type == "cpu")
+    # of several processes each takes the GPU of its number; one alone takes the device it was given, not the first
+    with patch_environment(**{"ACCELERATE_TORCH_DEVICE": device} if alone else {}):
+        accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=device.type == "cpu")
     if accelerator.num_processes > 1 and settings.step_in_backward:
         raise Problem("--step-in-backward trains in one process only.", "A gradient would be gone before the processes had averaged it.",
                       "Leave it out, or start without torchrun.")
