@@ -20,20 +20,20 @@ from finetune.model.schedulers import SAMPLERS
 from finetune.training import processes
 from finetune.training.run import train
 
-COMMON: dict[str, Any] = {"class_noun": "backpack", "resolution": 32, "batch_size": 2, "steps": 2, "seed": 3, "log_every": 1, "validate_every": 1,
-                          "class_images": 2, "class_steps": 2, "checkpoint_every": 1}
+COMMON: dict[str, Any] = {"class_noun": "backpack", "resolution": 32, "batch_size": 2, "steps": 2, "seed": 3, "log_every": 1, "validate_every": 0,
+                          "class_images": 2, "class_steps": 2, "checkpoint_every": 0}
 TEXT = {"placeholder": "<my-box>", "learning_rate": 1e-2, "initializer": "backpack"}
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("dreambooth", {"prior": "none", "preview_every": 1, "learning_rate": 1e-3}),
+    ("dreambooth", {"prior": "none", "preview_every": 2, "validate_every": 2, "checkpoint_every": 1, "learning_rate": 1e-3}),
     ("dreambooth", {"prior": "images", "train_text_encoder": True, "ema_decay": 0.9}),
     ("dreambooth", {"prior": "none", "step_in_backward": True, "clip_norm": 0.0, "memory": "low"}),
-    ("textual-inversion", {**TEXT, "vectors": 3, "norm_limit": 1.0, "preview_every": 1}),
-    ("lora", {"preview_every": 1, "rank": 4, "text_encoder_rank": 2, "export_every": 1}),
+    ("textual-inversion", {**TEXT, "vectors": 3, "norm_limit": 1.0, "preview_every": 2, "validate_every": 2}),
+    ("lora", {"preview_every": 2, "rank": 4, "text_encoder_rank": 2, "export_every": 1}),
     ("lora", {"prior": "distill", "accumulate": 2, "snr_gamma": 5.0, "crop": "random", "flip": True, "caption_dropout": 0.3}),
     ("lora", {"prior": "images", "memory": "lowest", "frozen": "bf16", "latent_cache": "disk", "targets": "transformer"}),
     ("lora", {"frozen": "bf16", "free_encoders": False, "lean": False, "channels_last": True}),
-    *(("lora", {"variant": variant, "rank": 4}) for variant in ("dora", "rslora", "loha", "lokr", "oft")),
-    ("hypernetwork", {"transform": "query,key,value", "scope": "all", "preview_every": 1, "layer_norm": True}),
+    *(("lora", {"variant": variant, "rank": 4}) for variant in ("dora", "loha", "lokr", "oft")),
+    ("hypernetwork", {"transform": "query,key,value", "scope": "all", "preview_every": 2, "layer_norm": True}),
     ("hypernetwork", {"prior": "images", "activation": "mish", "layer_structure": "1,2,2,1"})]
 
 

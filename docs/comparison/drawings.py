@@ -74,7 +74,7 @@ def amounts(results: Results, target: Path) -> None:
     for across, dose in enumerate(asked):
         for panel, key in zip(panels[:, across], ("oracle", dose.price), strict=True):
             for number, (name, line) in enumerate(dose.lines.items()):
-                curve(panel, results, line, key, *LINES[name], shift=1 + 0.06 * (number - (len(dose.lines) - 1) / 2), faint=len(dose.lines) == 1)
+                curve(panel, results, line, key, *LINES[name], shift=1 + 0.06 * (number - (len(dose.lines) - 1) / 2), name=name if len(dose.lines) > 1 else None)
             first = next(iter(dose.lines.values()))
             panel.set_xscale("log", base=2)
             panel.set_xticks([amount for amount, _, _ in first], [str(amount) for amount, _, _ in first])
@@ -84,20 +84,20 @@ def amounts(results: Results, target: Path) -> None:
             panel.spines[["top", "right"]].set_visible(False)
         panels[0, across].set_title(dose.title, fontsize=10)
         if len(dose.lines) > 1:
-            panels[0, across].legend([results.title(line[0][1], name) for name, line in dose.lines.items()], fontsize=8, frameon=False)
+            panels[1, across].legend(fontsize=8, frameon=False, loc="lower right")
     figure.savefig(target, dpi=110)
 
 
-def curve(panel: Any, results: Results, line: list[tuple[int, str, str]], key: str, colour: str, mark: str, shift: float, faint: bool) -> None:
-    """One line of a plot with its intervals; where it is alone, with its subjects too."""
+def curve(panel: Any, results: Results, line: list[tuple[int, str, str]], key: str, colour: str, mark: str, shift: float, name: str | None) -> None:
+    """One line of a plot with its intervals: one of several, named in the legend, or alone, with its subjects."""
     rows = [(amount * shift, results.row(study, row)) for amount, study, row in line]
     rows = [(amount, row) for amount, row in rows if row["scores"].get(key)]
     scores = [row["scores"][key] for _, row in rows]
     places, means = [amount for amount, _ in rows], [one["mean"] for one in scores]
-    panel.plot(places, means, color=colour, marker=mark, markersize=5, linewidth=1.8)
+    panel.plot(places, means, color=colour, marker=mark, markersize=5, linewidth=1.8, label=name and results.title(line[0][1], name))
     panel.vlines(places, [one["low"] if one["low"] is not None else one["mean"] for one in scores],
                  [one["high"] if one["high"] is not None else one["mean"] for one in scores], color=colour, linewidth=1.1)
-    if faint:
+    if name is None:
         cells = sorted(set.intersection(*(set(row.get("cells", {})) for _, row in rows)))
         for cell in cells:
             panel.plot(places, [row["cells"][cell].get(key) for _, row in rows], color=colour, linewidth=0.8, alpha=0.3)
