@@ -1,4 +1,4 @@
-"""Train what docs/training.md shows on the embedded base, and write its two tables:
+"""Train what docs/training.md shows on the embedded base, and print its two tables:
 
     python docs/training_curves.py WORK
 
@@ -13,7 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from finetune import runs
+from finetune.evaluation import curves, open_judge
 from finetune.training import stopping
 
 HERE = Path(__file__).resolve().parent
@@ -25,7 +29,7 @@ KEYS = ("dino", "clip_t", "leak", "drift", "selection")
 
 def train(folder: Path, method: str, *more: object) -> Path:
     """A run of the command line, unless it is there."""
-    if not (folder / "manifest.json").is_file() or runs.read_json(folder / "manifest.json")["status"] != "complete":
+    if not (folder / "manifest.json").is_file() or runs.read_json(folder / "manifest.json")["status"] != "finished":
         words = [method, "--instance-dir", PICTURES, "--class-noun", "cat", "--preview-every", 0, "--output", folder, "--overwrite", *more]
         subprocess.run([sys.executable, "-m", "finetune", *map(str, words)], check=True)
     return folder
@@ -58,13 +62,39 @@ def curve(work: Path) -> str:
         lines.append(f"| {mark * own}{point['step']}{mark * own} | " + " | ".join(
             f"{mark * (own and key == 'selection')}{short(point['scores'][key]) if key in point['scores'] else short(point[key])}{mark * (own and key == 'selection')}"
             for key in KEYS) + " |")
-    return "\n".join(lines) + f"\n\n{json.dumps({key: value for key, value in told.items() if key != 'points'}, indent=1)}"
+    base = {**told["base"], "wrong": told["scale"]["clip_t_other"], "real": told["scale"]["dino_real"]}
+    return "\n".join(lines) + "\n\nthe base: " + ", ".join(f"{key} {short(base[key])}" for key in ("dino", "clip_t", "wrong", "real"))
+
+
+def apart(work: Path, draws: int = 10000) -> str:
+    """The kept step's selection minus each other's, with a 95 % interval: bootstrap over the eight prompts, paired."""
+    folder = work / "curve"
+    told = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
+    suite, judge, scale = curves.selection_suite("toybox", "cat"), open_judge("toybox"), curves.Scale(**told["scale"])
+    shots = suite.shots("sks cat", 0)
+    subject = [place for place, shot in enumerate(shots) if shot.kind == "subject"]
+    texts = judge.clip_texts([shots[place].plain for place in subject])
+    real = judge.encode([Image.open(path).convert("RGB") for path in sorted(PICTURES.glob("*.png"))])
+    each: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for point in told["points"]:
+        clip, encoder = curves.look(judge, folder / "steps" / f"{point['step']:07d}", shots)
+        each[point["step"]] = (encoder[subject] @ real.T).mean(1), (clip[subject] * texts).sum(1)
+        assert abs(each[point["step"]][0].mean() - point["scores"]["dino"]) < 1e-4  # the very numbers of the curve
+        assert abs(each[point["step"]][1].mean() - point["scores"]["clip_t"]) < 1e-4
+    generator, lines = np.random.default_rng(0), []
+    drawn = generator.integers(0, len(subject), (draws, len(subject)))
+    for step in each:
+        own, other = ([curves.selection(dino[rows].mean(), text[rows].mean(), scale) for rows in drawn] for dino, text in (each[told["kept"]], each[step]))
+        low, high = np.quantile(np.subtract(own, other), (0.025, 0.975))
+        lines.append(f"{told['kept']} against {step}: {low:+.3f} to {high:+.3f}")
+    return "\n".join(lines)
 
 
 def main(work: Path) -> None:
     """Both tables."""
     print(settling(work))
     print(curve(work))
+    print(apart(work))
 
 
 if __name__ == "__main__":
