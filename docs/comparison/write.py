@@ -166,7 +166,8 @@ def write(work: Path, names: list[str]) -> None:
         found = summary(work / name)
         if found:
             studies[name] = found
-    kept.write_text(json.dumps(studies, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(studies[name], sort_keys=True)}" for name in sorted(studies))  # one a study
+    kept.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     results, images = Results(studies), DOCS / "images"
     if results.has("main"):
         dots(results, "main", ["oracle", "dino", "clip_t", "scene", "leak", "other_drift"], images / "comparison-main.png")

@@ -132,7 +132,7 @@ class Method(ABC):
         return encode_cached(base, captions)
 
     def denoise(self, base: Base, noisy: Tensor, timesteps: Tensor, cond: Cond) -> Tensor:
-        """The network's word on noisy latents (B, C, H, W)."""
+        """The network's word on noisy latents (B, C, H, W); timesteps (B,) lie on the CPU, where they were drawn."""
         return base.ask(noisy, timesteps, cond)
 
     @contextlib.contextmanager
