@@ -17,6 +17,12 @@ from finetune.report import words
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent
+# Rows of a study's own, whose plain title is METHOD (ROW).
+TITLES = {"dreambooth-no-prior": "DreamBooth without prior", "lora-prior": "LoRA with prior", "cross": "LoRA on cross-attention", "all": "LoRA on all attention",
+          **{f"rank-{rank}": f"LoRA of rank {rank}" for rank in (1, 4, 16, 64)},
+          **{f"vectors-{count}": f"{count} vector{'s' * (count > 1)}" for count in (1, 2, 4, 8)},
+          **{f"{short}-{scope}": f"{named}, {place}" for short, named in (("kv", "key and value"), ("kq", "key and query"), ("qkv", "all three"))
+             for scope, place in (("cross", "cross-attention"), ("all", "all attention"))}}
 COSTS = {"training_seconds": words.seconds, "training_cpu_seconds": words.seconds, "seconds_per_step": words.seconds, "peak_memory_bytes": words.size,
          "trainable_parameters": words.count, "artifact_bytes": words.size}
 
@@ -39,6 +45,8 @@ class Results:
 
     def __init__(self, studies: dict[str, dict[str, Any]]):
         self.studies = studies
+        for row in (row for told in studies.values() for row in told["rows"]):
+            row["title"] = TITLES.get(row["row"], row["title"])
 
     def has(self, study: str) -> bool:
         """Whether a study was run."""
