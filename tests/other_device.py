@@ -133,6 +133,8 @@ def stops(function: Any, args: tuple, kwargs: dict) -> bool:
 @contextlib.contextmanager
 def other_device(monkeypatch: Any) -> Iterator[OtherDevice]:
     """The device, and a program that takes it where it would take CUDA's."""
+    from accelerate.state import AcceleratorState
+
     from finetune import engine
     from finetune.model import base
 
@@ -146,8 +148,11 @@ def other_device(monkeypatch: Any) -> Iterator[OtherDevice]:
         found = [*getattr(_foreach_utils, asked)(), DEVICE.type]
         for module in (_foreach_utils, optimizer):
             monkeypatch.setattr(module, asked, lambda found=found: found, raising=False)
-    with Filled(), OtherDevice() as mode:
-        yield mode
+    try:
+        with Filled(), OtherDevice() as mode:
+            yield mode
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate remembers the device of a process
 
 
 class Filled(TorchFunctionMode):
