@@ -159,10 +159,12 @@ class Results:
         return "\n".join(lines)
 
     def win(self, study: str, key: str, a: str, b: str) -> str:
-        """In how many cells a beat b: "29 of 36"."""
+        """In how many cells a is measurably better than b, b than a, and neither."""
         for one in self.studies[study]["wins"]:
             if one["metric"] == key and {one["a"], one["b"]} == {a, b}:
-                return f"{one['wins'] if one['a'] == a else one['losses']} of {one['n']}"
+                won, lost = (one["wins"], one["losses"]) if one["a"] == a else (one["losses"], one["wins"])
+                return (f"{self.title(study, a)} is measurably better in {won}, {self.title(study, b)} in {lost}, "
+                        f"and {one['ties']} of {one['n']} cannot be told apart")
         return words.NOTHING
 
 
