@@ -1,4 +1,4 @@
-"""Train what docs/training.md shows on the embedded base, and print its two tables:
+"""Train what docs/training.md shows on the embedded base, and print its two tables, and how sure the choice is:
 
     python docs/training_curves.py WORK
 
@@ -58,10 +58,10 @@ def curve(work: Path) -> str:
     kept = runs.read_json(folder / "manifest.json")["kept"]["step"]
     lines = ["| step | DINO | CLIP-T | leak | drift | selection |", "|---|---|---|---|---|---|"]
     for point in told["points"]:
-        own, mark = point["step"] == kept, "**"
-        lines.append(f"| {mark * own}{point['step']}{mark * own} | " + " | ".join(
-            f"{mark * (own and key == 'selection')}{short(point['scores'][key]) if key in point['scores'] else short(point[key])}{mark * (own and key == 'selection')}"
-            for key in KEYS) + " |")
+        cells = [str(point["step"]), *(short(point["scores"][key]) for key in KEYS)]
+        if point["step"] == kept:
+            cells[0], cells[-1] = f"**{cells[0]}**", f"**{cells[-1]}**"
+        lines.append(f"| {' | '.join(cells)} |")
     base = {**told["base"], "wrong": told["scale"]["clip_t_other"], "real": told["scale"]["dino_real"]}
     return "\n".join(lines) + "\n\nthe base: " + ", ".join(f"{key} {short(base[key])}" for key in ("dino", "clip_t", "wrong", "real"))
 
@@ -91,7 +91,7 @@ def apart(work: Path, draws: int = 10000) -> str:
 
 
 def main(work: Path) -> None:
-    """Both tables."""
+    """Both tables, and the intervals between steps."""
     print(settling(work))
     print(curve(work))
     print(apart(work))

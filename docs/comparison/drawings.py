@@ -67,6 +67,8 @@ def doses() -> list[Dose]:
 def amounts(results: Results, target: Path) -> None:
     """Likeness above and its price below, by rank, vectors and pictures; faint lines are the single subjects."""
     asked = [dose for dose in doses() if all(results.has(study) for line in dose.lines.values() for _, study, _ in line)]
+    if not asked:
+        return
     figure = Figure(figsize=(3.4 * len(asked) + 0.6, 4.8), layout="constrained")
     panels = figure.subplots(2, len(asked), squeeze=False)
     for panel in panels[0, 1:]:
