@@ -118,6 +118,19 @@ def test_costs_are_means_over_the_cells(combined):
     assert combined["rows"][0]["costs"] == {}
 
 
+def test_the_interval_of_a_share_ends_at_one_and_its_differences_do_not():
+    cells = cells_of(SUBJECTS[:3], seeds=(0,))
+    for cell, shares in zip(cells, ([0.4, 1.0], [1.0, 1.0], [1.0, 1.0]), strict=True):
+        cell.scores["columns"].append({"key": "kept", "title": "Attributes kept", "better": "higher"})
+        for row in cell.scores["rows"]:
+            row["scores"]["kept"] = {"mean": plain.fmean(shares)}
+            row["values"] = {**(row.get("values") or {}), "kept": {"clusters": ["a car", "a ball"], "means": shares}}
+    found = study.combine(cells)["rows"][1]["scores"]["kept"]
+    alone = crossed.estimate(np.array([[0.4, 1.0], [1.0, 1.0], [1.0, 1.0]]))
+    assert alone.high > 1 and found["high"] == 1.0
+    assert (found["mean"], found["low"]) == (pytest.approx(alone.mean, abs=1e-6), pytest.approx(max(alone.low, 0.0), abs=1e-6))
+
+
 def test_prompts_that_some_subjects_lack():
     cells = cells_of(SUBJECTS[:3]) + cells_of(SUBJECTS[3:], prompts=PROMPTS[:2])
     found = study.combine(cells)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 INK, BLUE, RULE = "#2b2a28", "#0072B2", "#dedad2"
 LINES = {"dreambooth": (BLUE, "o"), "textual-inversion": ("#009E73", "^"), "lora": ("#D55E00", "s")}  # Okabe and Ito's colours
 LEFT, GAP = 108, 4
+FEW = ("coral-mug", "khaki-teapot", "teal-backpack", "turquoise-duck")  # whose pictures the smaller questions show: one of each pattern
 
 
 def dots(results: Results, study: str, keys: list[str], target: Path) -> None:
@@ -123,16 +124,17 @@ def home(work: Path, study: str, subject: str) -> Path | None:
     return None
 
 
-def subjects_of(work: Path, study: str) -> list[str]:
-    """The subjects of a study in order of their names."""
-    return sorted({cell["subject"] for cell in json.loads((work / study / "comparison.json").read_text(encoding="utf-8"))["cells"]})
+def subjects_of(work: Path, study: str, only: tuple[str, ...]) -> list[str]:
+    """The subjects of a study in order of their names; those named, where some are."""
+    found = {cell["subject"] for cell in json.loads((work / study / "comparison.json").read_text(encoding="utf-8"))["cells"]}
+    return sorted(found & set(only) or found)
 
 
-def sheet(work: Path, target: Path, groups: list[Group], side: int = 96) -> None:
-    """One line a subject: a training picture, then the groups; every column of a group has the same prompt and noise."""
+def sheet(work: Path, target: Path, groups: list[Group], only: tuple[str, ...] = (), side: int = 96) -> None:
+    """One line a subject, or for each of those named: a training picture, then the groups; every column of a group has the same prompt and noise."""
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 11)
     first = groups[0].columns[0][1]
-    subjects = subjects_of(work, first)
+    subjects = subjects_of(work, first, only)
     titled, step = any(group.title for group in groups), side + GAP
     top = 36 + (18 if titled else 0)
     width = LEFT + step * (1 + sum(len(group.columns) for group in groups)) + 3 * GAP * len(groups)
@@ -186,4 +188,5 @@ def sheets(work: Path, studies: list[str], images: Path) -> None:
                    for title, scope in (("cross-attention", "cross"), ("all attention", "all"))]}
     for name, groups in found.items():
         if all(study in studies for group in groups for _, study, _ in group.columns):
-            sheet(work, images / f"comparison-{name}.webp", groups, side=72 if sum(len(group.columns) for group in groups) > 10 else 96)
+            only = () if name in ("subjects", "style") else FEW
+            sheet(work, images / f"comparison-{name}.webp", groups, only, side=72 if sum(len(group.columns) for group in groups) > 10 else 96)

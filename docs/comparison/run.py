@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -19,19 +20,20 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-# The subjects of the smaller questions: one of each pattern.
-FEW = "teal-backpack,coral-mug,turquoise-duck,khaki-teapot"
-
 
 @dataclass(frozen=True)
 class Study:
-    """One call of `finetune compare`: its rows (a recipe's own tables), whose pictures, and how many each prompt is asked for."""
+    """One call of `finetune compare`: its rows (a recipe's own tables), whose pictures (None: as the command says), and how many of them.
+
+    Only the main question is asked with every training seed. `trained` names rows that the main question trains with the same settings.
+    """
 
     methods: str
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    subjects: str | None = FEW
+    subjects: str | None = None
     pictures: int | None = None
-    evaluation_seeds: int = 1
+    seeds: int | None = 1
+    trained: dict[str, str] = field(default_factory=dict)
 
 
 def vectors(count: int) -> dict[str, Any]:
@@ -44,17 +46,24 @@ def wired(transform: str, scope: str = "cross") -> dict[str, Any]:
 
 
 STUDIES: dict[str, Study] = {
-    "main": Study("dreambooth,textual-inversion,lora,hypernetwork:key,value", subjects=None, evaluation_seeds=1),
+    "main": Study("dreambooth,textual-inversion,lora,hypernetwork:key,value", seeds=None),
     "prior": Study("dreambooth,dreambooth-no-prior,lora,lora-prior", {
-        "dreambooth-no-prior": {"method": "dreambooth", "prior": "none"}, "lora-prior": {"method": "lora", "prior": "images"}}),
+        "dreambooth-no-prior": {"method": "dreambooth", "prior": "none"}, "lora-prior": {"method": "lora", "prior": "images"}},
+        trained={"dreambooth": "dreambooth", "lora": "lora"}),
     "style": Study("dreambooth,textual-inversion,lora,hypernetwork:key,value", subjects="blueprint,riso"),
-    "rank": Study("rank-1,rank-4,rank-16,rank-64", {f"rank-{rank}": {"method": "lora", "rank": rank} for rank in (1, 4, 16, 64)}),
-    "layers": Study("cross,all", {"cross": {"method": "lora", "targets": "cross-attention"}, "all": {"method": "lora", "targets": "attention"}}),
-    "vectors": Study("vectors-1,vectors-2,vectors-4,vectors-8", {f"vectors-{count}": vectors(count) for count in (1, 2, 4, 8)}),
+    "rank": Study("rank-1,rank-4,rank-16,rank-64", {f"rank-{rank}": {"method": "lora", "rank": rank} for rank in (1, 4, 16, 64)},
+                  trained={"rank-16": "lora"}),
+    "layers": Study("cross,all", {"cross": {"method": "lora", "targets": "cross-attention"}, "all": {"method": "lora", "targets": "attention"}},
+                    trained={"cross": "lora"}),
+    "vectors": Study("vectors-1,vectors-2,vectors-4,vectors-8", {f"vectors-{count}": vectors(count) for count in (1, 2, 4, 8)},
+                     trained={"vectors-1": "textual-inversion"}),
     "wiring": Study("kv-cross,kq-cross,qkv-cross,kv-all,kq-all,qkv-all", {
         "kv-cross": wired("key,value"), "kq-cross": wired("key,query"), "qkv-cross": wired("query,key,value"),
-        "kv-all": wired("key,value", "all"), "kq-all": wired("key,query", "all"), "qkv-all": wired("query,key,value", "all")}),
-    **{f"pictures-{count}": Study("dreambooth,textual-inversion,lora", pictures=count) for count in (1, 3, 5, 10)},
+        "kv-all": wired("key,value", "all"), "kq-all": wired("key,query", "all"), "qkv-all": wired("query,key,value", "all")},
+        trained={"kv-cross": "hypernetwork-key-value"}),
+    **{f"pictures-{count}": Study("dreambooth,textual-inversion,lora", pictures=count,
+                                  trained={row: row for row in ("dreambooth", "textual-inversion", "lora") if count == 5})
+       for count in (1, 3, 5, 10)},
 }
 
 
@@ -66,15 +75,28 @@ def recipe(study: Study) -> str:
     return "\n".join(lines) + "\n"
 
 
+def share(work: Path, name: str, study: Study) -> None:
+    """Copy what the main question trained with the same settings, pictures and seed."""
+    for done in sorted((work / "main" / "cells").glob("*-s0/scores.json")):
+        cell, subject = work / name / "cells" / done.parent.name, done.parent.name.removesuffix("-s0")
+        for row, trained in study.trained.items():
+            if (cell / row).exists():
+                continue
+            shutil.copytree(done.parent / trained, cell / row)
+            settings = json.loads((cell / row / "settings.json").read_text(encoding="utf-8"))
+            settings["instance_dir"] = str(work / name / "pictures" / subject)  # the same pictures, in this study's folder
+            (cell / row / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 def train(work: Path, name: str, study: Study, given: argparse.Namespace) -> None:
     """One `finetune compare`; what is finished is kept."""
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
+    share(work, name, study)
     own = work / f"{name}.toml"
     own.write_text(recipe(study), encoding="utf-8")
     words = ["compare", "--methods", study.methods, "--recipe", own, "--output", folder, "--workers", given.workers,
-             "--subjects", study.subjects or given.subjects, "--seeds", 1 if study.subjects else given.seeds,
-             "--evaluation-seeds", study.evaluation_seeds]
+             "--subjects", study.subjects or given.subjects, "--seeds", study.seeds or given.seeds, "--evaluation-seeds", 1]
     words += ["--pictures", study.pictures] if study.pictures else []
     subprocess.run([sys.executable, "-m", "finetune", *map(str, words)], check=True)
 
@@ -83,15 +105,15 @@ def main() -> None:
     """See the module's first lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--subjects", default="12", help="of the main study: a number, or names")
-    parser.add_argument("--seeds", type=int, default=3, help="training seeds of the main study")
+    parser.add_argument("--subjects", default="12", help="of every question but that of style: a number, or names")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds of the main question")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=list(STUDIES), default=list(STUDIES))
     parser.add_argument("--write", action="store_true", help="train nothing, write from what is there")
     given = parser.parse_args()
     if not given.write:
         for name in given.only:
-            train(given.work, name, STUDIES[name], given)
+            train(given.work.resolve(), name, STUDIES[name], given)
     from write import write
 
     write(given.work, list(STUDIES))

@@ -113,6 +113,32 @@ class Results:
         verdict = "decided" if one["decided"] else "undecided after correction" if alone else "no measurable difference"
         return f"{sign}{words.score(one['difference'])} {words.interval(one['low'], one['high'])}, {verdict}"
 
+    def decisions(self, study: str, keys: list[str], rows: list[str] | None = None) -> str:
+        """One line a score: which pairs of its rows are decided, the larger difference first; how many are not."""
+        lines = []
+        for key in keys:
+            pairs = [one for one in self.studies[study]["pairs"] if one["metric"] == key and "base" not in (one["a"], one["b"])
+                     and (rows is None or {one["a"], one["b"]} <= set(rows))]
+            told = sorted((one for one in pairs if one["decided"]), key=lambda one: -abs(one["difference"]))
+            if not pairs:
+                continue
+            rest = len(pairs) - len(told)
+            said = [self.ahead(study, key, one) for one in told]
+            if rest and told:
+                said.append(f"the other {words.number_word(rest)} pairs are undecided" if rest > 1 else "the other pair is undecided")
+            elif rest:
+                said.append("undecided" if rest == 1 else f"none of the {words.number_word(rest)} pairs is decided")
+            lines.append(f"- {self.heading(study, key)}: {'; '.join(said)}")
+        return "\n".join(lines)
+
+    def ahead(self, study: str, key: str, one: dict[str, Any]) -> str:
+        """"A ahead of B by .08 [.03, .13]" of a decided pair."""
+        first, second = (one["a"], one["b"]) if one["difference"] > 0 else (one["b"], one["a"])
+        higher = next(column["better"] for column in self.studies[study]["columns"] if column["key"] == key) == "higher"
+        found = self.pair(study, key, first, second)
+        front, back = (first, second) if higher else (second, first)
+        return f"{self.title(study, front)} ahead of {self.title(study, back)} by {words.score(found['difference'])} {words.interval(found['low'], found['high'])}"
+
     def best(self, study: str, key: str) -> list[str]:
         """Rows in order of a score, best first; the base and the references are left out."""
         better = next(column["better"] for column in self.studies[study]["columns"] if column["key"] == key)
@@ -126,6 +152,10 @@ class Results:
     def subjects(self, study: str) -> int:
         """How many subjects a study has."""
         return len({cell["subject"] for cell in self.studies[study]["cells"]})
+
+    def number(self, study: str) -> str:
+        """The same as a word."""
+        return words.number_word(self.subjects(study))
 
     def seeds(self, study: str) -> int:
         """How many training seeds each subject has at least."""

@@ -7,14 +7,18 @@ than a coin does more harm than an empty place. What was taken out, and why, sta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetune.evaluation.judge import Judge
+if TYPE_CHECKING:
+    from finetune.evaluation.judge import Judge
 
 WORST = 0.25
 GROUPS = ("Subject", "Prompt", "Base kept", "Pictures", "Truth")
 # Distances from the base are zero for the base itself by definition, so it is not compared with anyone.
 FROM_BASE = ("drift", "other_drift")
+# How far a score can go at all: cosines, 1 - cosine, differences of two cosines, shares. KID has no end.
+BOUNDS = {**dict.fromkeys(("clip_i", "dino", "clip_t", "pres", "copy", "oracle"), (-1.0, 1.0)), "leak": (-2.0, 2.0),
+          **dict.fromkeys(("drift", "other_drift", "diversity"), (0.0, 2.0)), **dict.fromkeys(("asked", "kept"), (0.0, 1.0))}
 
 
 def columns(judge: Judge) -> list[dict[str, str]]:

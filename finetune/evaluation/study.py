@@ -24,8 +24,10 @@ import numpy as np
 from finetune import runs
 from finetune.errors import Problem
 from finetune.evaluation import crossed, statistics
+from finetune.evaluation.columns import BOUNDS
 
 ALPHA = 0.05
+NO_BOUNDS = (-math.inf, math.inf)
 COSTS = {"training_seconds": "seconds.training", "training_cpu_seconds": "seconds.training_cpu", "seconds_per_step": "seconds.per_step",
          "peak_memory_bytes": "peak_memory_bytes", "trainable_parameters": "trainable_parameters", "artifact_bytes": "artifact.bytes"}
 # What two cells must share to be one study: name, where it is told, and how it is taken from there.
@@ -218,11 +220,11 @@ def _row(cells: Sequence[Cell], name: str, title: str, metrics: Sequence[str], s
         if len(cells) == 1 and cells[0].mean(name, metric) is not None:
             scores[metric] = cells[0].row(name)["scores"][metric]  # type: ignore[index]
         elif values.size:
-            scores[metric] = _told(crossed.estimate(values, seed))
+            scores[metric] = _told(crossed.estimate(values, seed), BOUNDS.get(metric, NO_BOUNDS))
     for cost in COSTS:
         values = table(cells, lambda cell, cost=cost: _only(cell.costs.get(name, {}).get(cost)))
         if values.size:
-            costs[cost] = _told(crossed.estimate(values, seed)) | {"n": sum(cost in cell.costs.get(name, {}) for cell in cells)}
+            costs[cost] = _told(crossed.estimate(values, seed), (0.0, math.inf)) | {"n": sum(cost in cell.costs.get(name, {}) for cell in cells)}
     means = {cell.name: {metric: mean for metric in metrics if (mean := cell.mean(name, metric)) is not None} for cell in cells}
     flagged = _flagged(cells, name)
     share = table(cells, lambda cell: (cell.row(name) or {}).get("normalised") or {})
@@ -293,8 +295,10 @@ def _only(value: float | None) -> dict[str, float]:
     return {} if value is None else {"": value}
 
 
-def _told(one: crossed.Estimate) -> dict[str, Any]:
-    return {"mean": _round(one.mean), "low": _round(one.low), "high": _round(one.high), "n": one.n, "subjects": one.rows, "prompts": one.columns}
+def _told(one: crossed.Estimate, bounds: tuple[float, float]) -> dict[str, Any]:
+    """A score or cost. Its interval ends where the score does: no mean lies beyond, so it covers as often as before."""
+    low, high = (None if end is None else min(max(end, bounds[0]), bounds[1]) for end in (one.low, one.high))
+    return {"mean": _round(one.mean), "low": _round(low), "high": _round(high), "n": one.n, "subjects": one.rows, "prompts": one.columns}
 
 
 def _minus(value: float | None) -> float | None:
