@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE))
 
 @dataclass(frozen=True)
 class Study:
-    """One call of `finetune compare`: its rows (a recipe's own tables), whose pictures (None: as the command says), and how many of them.
+    """One call of `finetune compare`: its rows (a recipe's own tables), whose pictures (None: as the command says), how many of them, how many steps.
 
     Only the main question is asked with every training seed. `trained` names rows that the main question trains with the same settings.
     """
@@ -33,6 +33,7 @@ class Study:
     subjects: str | None = None
     pictures: int | None = None
     seeds: int | None = 1
+    steps: int | None = None
     trained: dict[str, str] = field(default_factory=dict)
 
 
@@ -61,6 +62,7 @@ STUDIES: dict[str, Study] = {
         "kv-cross": wired("key,value"), "kq-cross": wired("key,query"), "qkv-cross": wired("query,key,value"),
         "kv-all": wired("key,value", "all"), "kq-all": wired("key,query", "all"), "qkv-all": wired("query,key,value", "all")},
         trained={"kv-cross": "hypernetwork-key-value"}),
+    "longer": Study("dreambooth", steps=600),
     **{f"pictures-{count}": Study("dreambooth,textual-inversion,lora", pictures=count,
                                   trained={row: row for row in ("dreambooth", "textual-inversion", "lora") if count == 5})
        for count in (1, 3, 5, 10)},
@@ -98,6 +100,7 @@ def train(work: Path, name: str, study: Study, given: argparse.Namespace) -> Non
     words = ["compare", "--methods", study.methods, "--recipe", own, "--output", folder, "--workers", given.workers,
              "--subjects", study.subjects or given.subjects, "--seeds", study.seeds or given.seeds, "--evaluation-seeds", 1]
     words += ["--pictures", study.pictures] if study.pictures else []
+    words += ["--steps", study.steps] if study.steps else []
     subprocess.run([sys.executable, "-m", "finetune", *map(str, words)], check=True)
 
 

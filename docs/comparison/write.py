@@ -9,10 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from drawings import amounts, dots, sheets
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finetune.evaluation import study
+from finetune.evaluation import statistics, study
 from finetune.report import words
 
 HERE = Path(__file__).resolve().parent
@@ -112,6 +113,15 @@ class Results:
         alone = one["low"] > 0 or one["high"] < 0  # of all pairs of the column together it may still be chance
         verdict = "decided" if one["decided"] else "undecided after correction" if alone else "no measurable difference"
         return f"{sign}{words.score(one['difference'])} {words.interval(one['low'], one['high'])}, {verdict}"
+
+    def across(self, key: str, a: tuple[str, str], b: tuple[str, str]) -> str:
+        """The paired difference a - b of a row in one study and a row in another, over the cells both have: one question, no correction."""
+        first, second = (self.row(*one)["cells"] for one in (a, b))
+        cells = sorted(cell for cell in first if key in first[cell] and key in second.get(cell, {}))
+        one = statistics.paired_difference(*(np.array([cells_of[cell][key] for cell in cells]) for cells_of in (first, second)))
+        sign = "+" if one.difference > 0 else ""
+        verdict = "" if one.p <= study.ALPHA else ", no measurable difference"
+        return f"{sign}{words.score(one.difference)} {words.interval(one.low, one.high)}{verdict}"
 
     def decisions(self, study: str, keys: list[str], rows: list[str] | None = None) -> str:
         """One line a score: which pairs of its rows are decided, the larger difference first; how many are not."""
