@@ -322,15 +322,23 @@ def test_a_wide_table_is_cut_between_groups(tmp_path):
     assert "The real pictures" in tables[0] and "The real pictures" not in tables[1]
 
 
-@pytest.mark.parametrize("scale", [1.0, 240.0])
-def test_terminal_table_fits_80_columns(tmp_path, scale):
+@pytest.mark.parametrize(("scale", "known"), [(1.0, False), (240.0, False), (2.5, True)])
+def test_terminal_table_fits_80_columns(tmp_path, scale, known):
     folder = write_comparison(tmp_path / "out", scale=scale)
+    if known:  # one column more
+        def tell(scores):
+            scores["columns"].append({"key": "oracle", "title": "Likeness to truth", "better": "higher", "help": "", "group": "Truth"})
+            for row in scores["rows"]:
+                row["scores"]["oracle"] = {"mean": .5, "low": .4, "high": .6, "n": 6}
+
+        edit(folder / "scores.json", tell)
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(report.terminal_table(folder))
     lines = console.export_text().splitlines()
     scores = {row["row"]: row["scores"] for row in json.loads((folder / "scores.json").read_text(encoding="utf-8"))["rows"]}
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
     assert all(name in lines[1] for name in ("DINO", "CLIP-T", "Drift", "Train", "Size"))
+    assert any(line.split()[:1] == ["Hypernetwork"] for line in lines)  # no word is broken
     assert f"{words.score(scores['lora']['dino']['mean'])} ±" in next(line for line in lines if "LoRA" in line)
 
 

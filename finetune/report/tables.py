@@ -159,9 +159,9 @@ def terminal_table(folder: Path | str) -> Table:
     """The few columns that fit 80 characters, for the end of `finetune compare`."""
     comparison = read(folder)
     shown = [column for key in dict.fromkeys((comparison.likeness, "oracle", "clip_t", "drift")) if (column := comparison.column(key or ""))]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), caption_justify="left", caption_style="dim",
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left", caption_style="dim",
                   caption="± half of the 95 % interval; bold: decided against the next best")
-    table.add_column("", max_width=27 if len(shown) < 4 else 17, overflow="fold")
+    table.add_column("", min_width=12, max_width=27 if len(shown) < 4 else 17, overflow="fold")  # 12: Hypernetwork
     for column in shown:
         table.add_column("Truth" if column.key == "oracle" else column.short, justify="right", no_wrap=True)
     for title in ("Train", "Size"):
