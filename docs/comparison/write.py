@@ -22,7 +22,7 @@ DOCS = HERE.parent
 TITLES = {"dreambooth-no-prior": "DreamBooth without prior", "lora-prior": "LoRA with prior", "cross": "LoRA on cross-attention", "all": "LoRA on all attention",
           **{f"rank-{rank}": f"LoRA of rank {rank}" for rank in (1, 4, 16, 64)},
           **{f"vectors-{count}": f"{count} vector{'s' * (count > 1)}" for count in (1, 2, 4, 8)},
-          **{f"{short}-{scope}": f"{named}, {place}" for short, named in (("kv", "key and value"), ("kq", "key and query"), ("qkv", "all three"))
+          **{f"{short}-{scope}": f"{named} on {place}" for short, named in (("kv", "key and value"), ("kq", "key and query"), ("qkv", "all three"))
              for scope, place in (("cross", "cross-attention"), ("all", "all attention"))}}
 COSTS = {"training_seconds": words.seconds, "training_cpu_seconds": words.seconds, "seconds_per_step": words.seconds, "peak_memory_bytes": words.size,
          "trainable_parameters": words.count, "artifact_bytes": words.size}
@@ -133,7 +133,7 @@ class Results:
             if not pairs:
                 continue
             rest = len(pairs) - len(told)
-            said = [self.ahead(study, key, one) for one in told]
+            said = self.ahead(study, key, told)
             if rest and told:
                 said.append(f"the other {words.number_word(rest)} pairs are undecided" if rest > 1 else "the other pair is undecided")
             elif rest:
@@ -141,13 +141,16 @@ class Results:
             lines.append(f"- {self.heading(study, key)}: {'; '.join(said)}")
         return "\n".join(lines)
 
-    def ahead(self, study: str, key: str, one: dict[str, Any]) -> str:
-        """"A ahead of B by .08 [.03, .13]" of a decided pair."""
-        first, second = (one["a"], one["b"]) if one["difference"] > 0 else (one["b"], one["a"])
+    def ahead(self, study: str, key: str, pairs: list[dict[str, Any]]) -> list[str]:
+        """"A ahead of B by .08 [.03, .13] and C by .05 [.01, .09]" of decided pairs, one for each that is ahead."""
         higher = next(column["better"] for column in self.studies[study]["columns"] if column["key"] == key) == "higher"
-        found = self.pair(study, key, first, second)
-        front, back = (first, second) if higher else (second, first)
-        return f"{self.title(study, front)} ahead of {self.title(study, back)} by {words.score(found['difference'])} {words.interval(found['low'], found['high'])}"
+        behind: dict[str, list[str]] = {}
+        for one in pairs:
+            large, small = (one["a"], one["b"]) if one["difference"] > 0 else (one["b"], one["a"])
+            found = self.pair(study, key, large, small)
+            front, back = (large, small) if higher else (small, large)
+            behind.setdefault(front, []).append(f"{self.title(study, back)} by {words.score(found['difference'])} {words.interval(found['low'], found['high'])}")
+        return [f"{self.title(study, front)} ahead of {words.listing(backs)}" for front, backs in behind.items()]
 
     def best(self, study: str, key: str) -> list[str]:
         """Rows in order of a score, best first; the base and the references are left out."""
@@ -218,7 +221,7 @@ def write(work: Path, names: list[str]) -> None:
             studies[name] = found
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(studies[name], sort_keys=True)}" for name in sorted(studies))  # one a study
     kept.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-    results, images = Results(studies), DOCS / "images"
+    results, images = Results(json.loads(kept.read_text(encoding="utf-8"))), DOCS / "images"  # as who has only the summary would write it
     if results.has("main"):
         dots(results, "main", ["oracle", "dino", "clip_t", "scene", "leak", "other_drift"], images / "comparison-main.png")
     amounts(results, images / "comparison-amounts.png")
