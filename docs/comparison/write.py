@@ -115,13 +115,14 @@ class Results:
         return f"{sign}{words.score(one['difference'])} {words.interval(one['low'], one['high'])}, {verdict}"
 
     def across(self, key: str, a: tuple[str, str], b: tuple[str, str]) -> str:
-        """The paired difference a - b of a row in one study and a row in another, over the cells both have: one question, no correction."""
+        """".65 against .56, +.09 [.02, .16]" of a row in one study and a row in another, paired over the cells both have; not corrected."""
         first, second = (self.row(*one)["cells"] for one in (a, b))
         cells = sorted(cell for cell in first if key in first[cell] and key in second.get(cell, {}))
-        one = statistics.paired_difference(*(np.array([cells_of[cell][key] for cell in cells]) for cells_of in (first, second)))
+        means = [np.array([cells_of[cell][key] for cell in cells]) for cells_of in (first, second)]
+        one = statistics.paired_difference(*means)
         sign = "+" if one.difference > 0 else ""
         verdict = "" if one.p <= study.ALPHA else ", no measurable difference"
-        return f"{sign}{words.score(one.difference)} {words.interval(one.low, one.high)}{verdict}"
+        return f"{words.score(means[0].mean())} against {words.score(means[1].mean())}, {sign}{words.score(one.difference)} {words.interval(one.low, one.high)}{verdict}"
 
     def decisions(self, study: str, keys: list[str], rows: list[str] | None = None) -> str:
         """One line a score: which pairs of its rows are decided, the larger difference first; how many are not."""
