@@ -124,12 +124,11 @@ class Results:
         verdict = "" if one.p <= study.ALPHA else ", no measurable difference"
         return f"{words.score(means[0].mean())} against {words.score(means[1].mean())}, {sign}{words.score(one.difference)} {words.interval(one.low, one.high)}{verdict}"
 
-    def decisions(self, study: str, keys: list[str], rows: list[str] | None = None) -> str:
+    def decisions(self, study: str, keys: list[str]) -> str:
         """One line a score: which pairs of its rows are decided, the larger difference first; how many are not."""
         lines = []
         for key in keys:
-            pairs = [one for one in self.studies[study]["pairs"] if one["metric"] == key and "base" not in (one["a"], one["b"])
-                     and (rows is None or {one["a"], one["b"]} <= set(rows))]
+            pairs = [one for one in self.studies[study]["pairs"] if one["metric"] == key and "base" not in (one["a"], one["b"])]
             told = sorted((one for one in pairs if one["decided"]), key=lambda one: -abs(one["difference"]))
             if not pairs:
                 continue
