@@ -118,7 +118,7 @@ def test_costs_are_means_over_the_cells(combined):
     assert combined["rows"][0]["costs"] == {}
 
 
-def test_the_interval_of_a_share_ends_at_one_and_its_differences_do_not():
+def test_the_interval_of_a_share_ends_at_one():
     cells = cells_of(SUBJECTS[:3], seeds=(0,))
     for cell, shares in zip(cells, ([0.4, 1.0], [1.0, 1.0], [1.0, 1.0]), strict=True):
         cell.scores["columns"].append({"key": "kept", "title": "Attributes kept", "better": "higher"})

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune import runs
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
@@ -84,10 +86,11 @@ def share(work: Path, name: str, study: Study) -> None:
         for row, trained in study.trained.items():
             if (cell / row).exists():
                 continue
-            shutil.copytree(done.parent / trained, cell / row)
-            settings = json.loads((cell / row / "settings.json").read_text(encoding="utf-8"))
-            settings["instance_dir"] = str(work / name / "pictures" / subject)  # the same pictures, in this study's folder
-            (cell / row / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            with runs.atomic_folder(cell / row) as fresh:
+                shutil.copytree(done.parent / trained, fresh, dirs_exist_ok=True)
+                settings = runs.read_json(fresh / "settings.json")
+                settings["instance_dir"] = str(work / name / "pictures" / subject)  # the same pictures, in this study's folder
+                runs.write_json(fresh / "settings.json", settings)
 
 
 def train(work: Path, name: str, study: Study, given: argparse.Namespace) -> None:

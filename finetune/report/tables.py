@@ -161,7 +161,8 @@ def terminal_table(folder: Path | str) -> Table:
     shown = [column for key in dict.fromkeys((comparison.likeness, "oracle", "clip_t", "drift")) if (column := comparison.column(key or ""))]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left", caption_style="dim",
                   caption="± half of the 95 % interval; bold: decided against the next best")
-    table.add_column("", min_width=12, max_width=27 if len(shown) < 4 else 17, overflow="fold")  # 12: Hypernetwork
+    longest = max(len(word) for row in comparison.rows for word in row.title.split())  # broken only where a word leaves the numbers no room
+    table.add_column("", min_width=min(longest, 12), max_width=27 if len(shown) < 4 else 17, overflow="fold")
     for column in shown:
         table.add_column("Truth" if column.key == "oracle" else column.short, justify="right", no_wrap=True)
     for title in ("Train", "Size"):
